@@ -1,0 +1,79 @@
+"""celery_mlcache: a multi-level cache in every process of a Celery fleet, and a stated bound on staleness.
+
+Importing this package imports neither celery nor redis; each name below is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from celery_mlcache.config import CacheConfig
+    from celery_mlcache.entry import MISS
+    from celery_mlcache.errors import (
+        CacheClosedError,
+        CacheKeyError,
+        CodecError,
+        ConfigurationError,
+        MLCacheError,
+        NotAnIntegerError,
+        RemoteStoreError,
+        SerializationError,
+    )
+    from celery_mlcache.factory import create_cache_manager
+    from celery_mlcache.fleet.app import setup_cache
+    from celery_mlcache.fleet.task import CachedTask, cached_task
+    from celery_mlcache.manager import CacheManager
+
+_HOMES = {
+    "MISS": "entry",
+    "CacheClosedError": "errors",
+    "CacheConfig": "config",
+    "CacheKeyError": "errors",
+    "CacheManager": "manager",
+    "CachedTask": "fleet.task",
+    "CodecError": "errors",
+    "ConfigurationError": "errors",
+    "MLCacheError": "errors",
+    "NotAnIntegerError": "errors",
+    "RemoteStoreError": "errors",
+    "SerializationError": "errors",
+    "cached_task": "fleet.task",
+    "create_cache_manager": "factory",
+    "setup_cache": "fleet.app",
+}
+
+__all__ = [
+    "MISS",
+    "CacheClosedError",
+    "CacheConfig",
+    "CacheKeyError",
+    "CacheManager",
+    "CachedTask",
+    "CodecError",
+    "ConfigurationError",
+    "MLCacheError",
+    "NotAnIntegerError",
+    "RemoteStoreError",
+    "SerializationError",
+    "cached_task",
+    "create_cache_manager",
+    "setup_cache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("celery-mlcache")
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,224 @@
+"""The seams between the floors: what a level must do, said once, and the records that cross.
+
+A protocol stands here where a second implementation or a test needs it; see STYLE rule 13. No behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from celery_mlcache.entry import Entry
+from celery_mlcache.wire import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the codec found in a stored value."""
+
+    value: Any
+    is_shareable: bool  # nothing inside can be changed by a reader
+    tags: tuple[str, ...] = ()
+    created: float = 0.0  # the writer's wall clock, seconds since 1970: for people, never for coherence
+
+
+class ValueCodec(Protocol):
+    """Turns values into tails (see wire.py) and back; thread-safe, holds no state that a fork could break."""
+
+    def encode(self, key: str, value: object, *, tags: Sequence[str] = ()) -> bytes:
+        """Return the tail; raises SerializationError for what it would have to alter."""
+        ...
+
+    def decode(self, key: str, data: bytes) -> Decoded:
+        """Return what *data* (head and tail) holds for *key*; raises CodecError, and nothing else."""
+        ...
+
+    def shelve(self, key: str, value: object, tail: bytes) -> tuple[Any, Callable[[Any], Any] | None]:
+        """Return ``(value, thaw)`` for an L1 entry that shares nothing with *value*."""
+        ...
+
+    def shelve_decoded(self, key: str, decoded: Decoded, tail: bytes) -> tuple[Any, Callable[[Any], Any] | None]:
+        """Return ``(value, thaw)`` for an L1 entry of a value that only the cache holds so far."""
+        ...
+
+
+class LocalEngine(Protocol):
+    """A bounded map of str to Entry; every method is thread-safe and takes microseconds."""
+
+    def get(self, key: str) -> Entry | None:
+        """Return the entry or None; may return one whose deadline has passed."""
+        ...
+
+    def put(self, key: str, entry: Entry, ttl: float) -> None:
+        """Hold *entry* for at most *ttl* seconds (> 0)."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Forget the key."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything."""
+        ...
+
+    def count(self) -> int:
+        """Return about how many entries are held."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One key as L2 had it at one instant.
+
+    Attributes:
+        data: The stored value (head and tail); None when absent, dead by the floor, or deleted.
+        stamp: Of the value or tombstone; 0 when nothing is stored.
+        token: The namespace's counter at that instant: the fence of a fill that may follow.
+        floor: The smallest stamp still alive.
+        remaining: Seconds of life left in L2; None when there is no value.
+    """
+
+    data: bytes | None
+    stamp: int
+    token: int
+    floor: int
+    remaining: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """The outcome of a fenced add.
+
+    Attributes:
+        is_stored: The filler's value is in L2 now.
+        winner: The live value that was there instead, or None.
+        refused: Why nothing was stored ("" when stored, "winner", or "fence").
+    """
+
+    is_stored: bool
+    winner: Snapshot | None
+    refused: str = ""
+
+
+class RemoteStore(Protocol):
+    """L2. Thread-safe; every call costs one round trip and at most one socket timeout.
+
+    Every method raises RemoteStoreError, and only that, when Redis fails or the breaker is open. *seen* is the
+    highest stamp the caller knows of: a counter below it has lost writes and is seeded anew.
+    """
+
+    def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
+        """Return a snapshot for each key, in order, all of one instant but for the remaining lives."""
+        ...
+
+    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
+        """Store ``(key, tail, ttl)`` unconditionally under one new stamp, announce it once, return the stamp."""
+        ...
+
+    def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
+        """Store if no live value is there; return the stamp, or None where one is."""
+        ...
+
+    def replace(self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int) -> int | None:
+        """Store if the key's stamp is still *expected* (0: nothing there); keep its life if ttl is None."""
+        ...
+
+    def delete(self, keys: Sequence[str], *, tombstone: float, seen: int) -> tuple[int, int]:
+        """Put tombstones; return ``(stamp, number of live values removed)``."""
+        ...
+
+    def fill(self, items: Sequence[tuple[str, bytes, float, int]]) -> list[Filled]:
+        """Store each ``(key, tail, ttl, token)`` only if nothing happened to it since its token."""
+        ...
+
+    def increment(
+        self, key: str, delta: int, *, initial: tuple[int, bytes, float], seen: int
+    ) -> tuple[int, int, float]:
+        """Add atomically, or store *initial* ``(number, its tail, ttl)`` where nothing lives.
+
+        Returns ``(stamp, number, seconds left)``; raises NotAnIntegerError too.
+        """
+        ...
+
+    def touch(self, key: str, ttl: float, *, seen: int) -> int | None:
+        """Give a live value a new life under a new stamp; return the stamp, or None where there is none."""
+        ...
+
+    def clear(self, *, seen: int) -> int:
+        """Raise the floor over everything stored; return the new floor."""
+        ...
+
+    def ping(self) -> float:
+        """Return the round-trip time in seconds."""
+        ...
+
+    def close(self) -> None:
+        """Close every idle connection; never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A heartbeat's answer; every message up to ``stamp`` was handed over before it.
+
+    Attributes:
+        stamp: The server's counter.
+        floor: The smallest stamp still alive.
+        sent_at: Monotonic time before the question left: what a lease is counted from.
+        received_at: Monotonic time when the answer was read.
+        server_time: The server's clock, seconds since 1970.
+    """
+
+    stamp: int
+    floor: int
+    sent_at: float
+    received_at: float
+    server_time: float
+
+
+class BackplaneListener(Protocol):
+    """What the backplane tells; called on the backplane's thread, one call at a time, and must not block."""
+
+    def on_subscribed(self) -> None:
+        """A subscription has begun; nothing is proven yet."""
+        ...
+
+    def on_message(self, message: Message | None) -> bool:
+        """Apply one message (None: undecodable); False asks for a heartbeat at once."""
+        ...
+
+    def on_pulse(self, pulse: Pulse) -> None:
+        """A heartbeat was answered."""
+        ...
+
+    def on_lost(self, why: str) -> None:
+        """The subscription has ended, or could not be had."""
+        ...
+
+    def highest_stamp(self) -> int:
+        """Return the highest stamp this process knows of, to tell a counter that went backward."""
+        ...
+
+
+class Guard(Protocol):
+    """What remote needs of the circuit breaker."""
+
+    def allow(self) -> bool:
+        """May a call go out now."""
+        ...
+
+    def success(self) -> None:
+        """The server answered."""
+        ...
+
+    def failure(self) -> None:
+        """The server did not answer, or not in time."""
+        ...
+
+
+class RemoteCounts(Protocol):
+    """What remote counts."""
+
+    l2_errors: int
+    l2_rejected: int

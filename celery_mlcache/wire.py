@@ -1,0 +1,85 @@
+r"""The bytes that several processes, releases and the Lua scripts must agree on. No I/O, no clock.
+
+Value, in a Redis string (offsets in bytes, big endian)::
+
+    0      format version, 1
+    1-8    stamp, u64: Redis order of the write
+    9      kind: "V" value, "I" integer (body is ASCII decimal, so that Lua can add), "T" tombstone (nothing follows)
+    10     flags         \
+    11     serializer     |  the *tail*: made by codec.py; lua/incr.lua relies on kind, flags and H
+    12-13  H, u16         |
+    14-    H bytes of header (codec.py), then the body and, when signed, the MAC   /
+
+Head (bytes 0-8) and tail are joined by the script that takes the stamp. Only the tail is signed.
+
+Message, on the channel: lines of UTF-8 joined by ``\n`` (keys hold no control characters)::
+
+    1 \n op \n stamp \n time [\n key]...
+
+    op      W written, D deleted (both: older copies of the keys are dead), F flush (everything older is dead)
+    time    the server's clock when it announced, microseconds since 1970: for measuring lag, never for coherence
+
+An unknown version, an unknown op or anything undecodable is a gap, never an exception.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from struct import Struct
+from typing import Final
+
+FORMAT_VERSION: Final = 1
+MESSAGE_VERSION: Final = 1
+MAX_STAMP: Final = 2**53 - 2**40  # Lua counts in doubles; what is above is not a stamp of ours
+MAX_INTEGER: Final = 2**53  # the largest magnitude a counter may have, for the same reason
+
+KIND_VALUE: Final = 0x56  # "V"
+KIND_INTEGER: Final = 0x49  # "I"
+KIND_TOMBSTONE: Final = 0x54  # "T"
+
+_MAX_DIGITS: Final = len(str(MAX_STAMP))
+_HEAD: Final = Struct(">BQ")
+HEAD_SIZE: Final = _HEAD.size
+
+
+def pack_head(stamp: int) -> bytes:
+    """Return bytes 0-8 of a value."""
+    return _HEAD.pack(FORMAT_VERSION, stamp)
+
+
+def split_value(data: bytes) -> tuple[int, int] | None:
+    """Return ``(stamp, kind)`` of a stored value, or None where the bytes are not of this format."""
+    if len(data) <= HEAD_SIZE:
+        return None
+    version, stamp = _HEAD.unpack_from(data)
+    if version != FORMAT_VERSION or stamp > MAX_STAMP:
+        return None
+    return stamp, data[HEAD_SIZE]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One announcement on the channel: everything older than ``stamp`` is dead, for the keys or for all."""
+
+    stamp: int
+    keys: tuple[str, ...]
+    is_flush: bool
+    server_time: float = 0.0  # seconds since 1970 by the server's clock
+
+
+def parse_message(data: bytes) -> Message | None:
+    """Return the message, or None for anything that is not one of ours (never raises)."""
+    try:
+        version, op, stamp_text, time_text, *keys = data.decode("utf-8").split("\n")
+        if version != str(MESSAGE_VERSION) or op not in {"W", "D", "F"}:
+            return None
+        if not (stamp_text.isascii() and stamp_text.isdigit() and time_text.isascii() and time_text.isdigit()):
+            return None
+        if len(stamp_text) > _MAX_DIGITS or len(time_text) > _MAX_DIGITS:
+            return None
+        stamp = int(stamp_text)
+    except (UnicodeDecodeError, ValueError):
+        return None
+    if not 0 < stamp <= MAX_STAMP or (op == "F") != (not keys):
+        return None
+    return Message(stamp, tuple(keys), is_flush=op == "F", server_time=int(time_text) / 1e6)
