@@ -1,0 +1,264 @@
+"""The coherence protocol's decisions: no I/O, no clock, no lock, no thread; the manager holds one lock round all of it.
+
+Theory of operation. Every write takes a *stamp* from one counter in Redis, in the script that also stores and
+announces it, so stamps are at once versions, sequence numbers of the channel and fences. This process has *applied*
+all messages up to a stamp. A message that is not ``applied + 1`` shows a *gap*: the *epoch* rises, which voids L1 and
+every ticket, and nothing is proven until the next heartbeat. Heartbeats run on the subscription's own connection, so
+an answer "counter = S, asked at t" proves that every message up to S was handed over: L1 may answer until t + delta
+(the *lease*), whatever happens to the connection, the server or this thread afterwards.
+
+A *ticket* is open for a key while an operation on it is under way. Messages and commits raise it; a copy may enter
+L1 only under a ticket of this epoch that nothing newer has passed. So an invalidation cannot be lost to a read that
+it overtakes (dask/zict's generation check, extended over processes by the stamps).
+
+A *fence* is what a fill carries to L2: "store unless something happened after this stamp". While the lease lives,
+the listener has seen everything up to a moment ago, so a clean ticket moves the fence forward and a loader may run
+for hours; without it the fence is the counter read with the miss, good for half a tombstone's life.
+
+A *barrier* withdraws the lease until a stamp has been applied; a heartbeat that left after the barrier and finds a
+lower counter shows that the stamp is not of this server's life, and lifts it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Final
+
+from celery_mlcache.protocols import Pulse
+from celery_mlcache.wire import MAX_STAMP, Message
+
+_NEVER: Final = MAX_STAMP + 1  # a ticket raised to this admits nothing
+
+
+@dataclass(slots=True)
+class Ticket:
+    """An open operation on one key; shared by the operations of one epoch that overlap."""
+
+    key: str
+    epoch: int
+    raised: int = 0  # the highest stamp seen for the key while open
+    users: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What the manager must do to L1 now.
+
+    Attributes:
+        keys: Copies of these keys older than ``stamp`` are dead.
+        void: Why the whole of L1 is void (a counter's name), or "".
+        is_flush: The floor rose to ``stamp``: everything older is dead.
+        ask: Ask for a heartbeat at once.
+    """
+
+    keys: tuple[str, ...] = ()
+    stamp: int = 0
+    void: str = ""
+    is_flush: bool = False
+    ask: bool = False
+
+
+class Coherence:
+    """Stamps, tickets, lease and fences of one process.
+
+    Not thread-safe: callers hold the manager's lock, except for reading ``lease_until`` on the hit path, which is one
+    attribute read. Not for use after a fork: the child builds a new one.
+
+    Args:
+        delta: Seconds that a proof covers: the bound on staleness.
+        tombstone_ttl: Seconds that a tombstone lives in L2.
+        synced: Whether a backplane feeds this process. If not, L1 answers until its entries' deadlines.
+    """
+
+    __slots__ = (
+        "_barrier_at",
+        "_delta",
+        "_fence_life",
+        "_proof_at",
+        "_proof_until",
+        "_synced",
+        "_tickets",
+        "applied",
+        "epoch",
+        "floor",
+        "highest",
+        "is_proven",
+        "lease_until",
+        "required",
+        "seen",
+    )
+
+    def __init__(self, *, delta: float, tombstone_ttl: float, synced: bool) -> None:
+        self._delta = delta
+        self._fence_life = tombstone_ttl / 2
+        self._synced = synced
+        self._tickets: dict[str, Ticket] = {}
+        self.required = 0  # the stamp that a barrier waits for
+        self._barrier_at = 0.0
+        self._proof_at = 0.0
+        self._proof_until = 0.0
+        self.is_proven = False
+        self.epoch = 0
+        self.applied = 0
+        self.floor = 0
+        self.seen = 0  # newest stamp written, applied or read: the causal token
+        self.highest = 0  # newest stamp known to exist: a counter below it has lost writes
+        self.lease_until = 0.0 if synced else inf
+
+    # ---- operations of this process -------------------------------------------------------------------------
+
+    def open(self, key: str) -> Ticket:
+        """Open a ticket before anything is sent."""
+        ticket = self._tickets.get(key)
+        if ticket is None or ticket.epoch != self.epoch:
+            ticket = self._tickets[key] = Ticket(key, self.epoch)
+        ticket.users += 1
+        return ticket
+
+    def close(self, ticket: Ticket) -> None:
+        """Close it when the operation has ended, however it ended."""
+        ticket.users -= 1
+        if not ticket.users and self._tickets.get(ticket.key) is ticket:
+            del self._tickets[ticket.key]
+
+    def admits(self, ticket: Ticket, stamp: int) -> bool:
+        """May a copy with this stamp enter L1?
+
+        Not without a proof either: the next one voids L1 anyway.
+        """
+        is_fed = self.is_proven or not self._synced
+        return is_fed and ticket.epoch == self.epoch and stamp >= ticket.raised and stamp >= self.floor
+
+    def commit(self, ticket: Ticket, stamp: int) -> bool:
+        """Note that this process has read or written *stamp* of the key; return whether L1 may keep the copy.
+
+        A slower operation under the same ticket may hold something older, so every commit raises it.
+        """
+        self.note(stamp)
+        self.seen = max(self.seen, stamp)
+        is_admitted = self.admits(ticket, stamp)
+        self._raise(ticket, stamp)
+        return is_admitted
+
+    def cancel(self, ticket: Ticket) -> None:
+        """The outcome of a write is unknown: it may happen yet. Nothing under this ticket enters L1."""
+        self._raise(ticket, _NEVER)
+
+    def note(self, stamp: int) -> None:
+        """Note that *stamp* exists."""
+        self.highest = max(self.highest, stamp)
+
+    def is_current(self, ticket: Ticket, token: int, barrier: int) -> bool:
+        """May a newcomer share the answer of a flight that read its miss at *token* (0: not yet)?
+
+        Not if anything happened to the key since, and not if a barrier was raised after the flight began.
+        """
+        return ticket.epoch == self.epoch and ticket.raised <= token and barrier >= self.required
+
+    def fence(self, ticket: Ticket, token: int, taken_at: float, now: float) -> int | None:
+        """Return the stamp that a fill may be fenced with, or None where it cannot be fenced any more."""
+        if not token or ticket.raised > token:
+            return None
+        is_covered = self._synced and self.is_proven and ticket.epoch == self.epoch and now < self._proof_until
+        if is_covered and self.applied >= token:
+            token, taken_at = self.applied, max(self._proof_at, taken_at)
+        return token if now - taken_at <= self._fence_life else None
+
+    def flushed(self, stamp: int) -> None:
+        """This process raised the floor itself."""
+        self.note(stamp)
+        self.seen = max(self.seen, stamp)
+        self.floor = max(self.floor, stamp)
+
+    def void(self) -> None:
+        """Start again with an empty L1; every ticket is dead."""
+        self.epoch += 1
+
+    # ---- what the backplane tells ---------------------------------------------------------------------------
+
+    def observe(self, message: Message | None) -> Act:
+        """Apply one message; None is an undecodable one, which may have been about anything."""
+        if message is None:
+            return self._gap("garbage")
+        stamp = message.stamp
+        for key in message.keys:
+            ticket = self._tickets.get(key)
+            if ticket is not None and ticket.raised < stamp:
+                ticket.raised = stamp
+        if self.is_proven and stamp != self.applied + 1:
+            return self._gap("reseed" if message.is_flush and stamp > self.applied else "hole")
+        is_flush = message.is_flush and stamp > self.floor
+        if is_flush:
+            self.floor = stamp
+        if self.is_proven:
+            # Only in-order messages count as known to exist: garbage must not push the counter up.
+            self.applied = stamp
+            self.note(stamp)
+            self.seen = max(self.seen, stamp)
+            self._grant()
+        return Act(keys=message.keys, stamp=stamp, is_flush=is_flush)
+
+    def prove(self, pulse: Pulse) -> Act:
+        """Apply a heartbeat's answer: every message up to its stamp has been observed, or was lost."""
+        void = ""
+        if not self.is_proven:
+            void = "subscription"
+        elif pulse.stamp > self.applied:
+            void = "lost"
+        elif pulse.stamp < self.applied:
+            void = "regress"
+        if void:
+            self.epoch += 1
+        self.applied = pulse.stamp
+        self.floor = max(self.floor, pulse.floor) if void != "regress" else pulse.floor
+        self.is_proven = True
+        self.note(pulse.stamp)
+        self.seen = max(self.seen, pulse.stamp)
+        self._proof_at = pulse.sent_at
+        self._proof_until = pulse.sent_at + self._delta
+        if self.required > pulse.stamp and pulse.sent_at > self._barrier_at:
+            self.required = 0
+        self._grant()
+        return Act(void=void)
+
+    def lose(self) -> None:
+        """The subscription ended: nothing that L1 holds can be relied on until the next proof."""
+        self.is_proven = False
+        self._grant()
+
+    # ---- causal tokens --------------------------------------------------------------------------------------
+
+    def barrier(self, stamp: int, now: float) -> Act:
+        """Withdraw the lease until *stamp* has been applied."""
+        if stamp <= self.applied:
+            return Act()
+        if not self._synced:
+            # Nobody will tell when it has been applied: start again with an empty L1.
+            self.epoch += 1
+            return Act(void="barrier")
+        if stamp > self.required:
+            self.required, self._barrier_at = stamp, now
+            self._grant()
+        return Act(ask=True)
+
+    def may_serve(self, now: float, max_stale: float) -> bool:
+        """While the lease has lapsed: may L1 still answer under ``on_disconnect="serve"``?"""
+        return self.applied >= self.required and now < self._proof_until - self._delta + max_stale
+
+    # ---- inside ---------------------------------------------------------------------------------------------
+
+    def _raise(self, ticket: Ticket, stamp: int) -> None:
+        for open_ticket in (ticket, self._tickets.get(ticket.key)):
+            if open_ticket is not None and open_ticket.raised < stamp:
+                open_ticket.raised = stamp
+
+    def _gap(self, reason: str) -> Act:
+        self.epoch += 1
+        self.is_proven = False
+        self._grant()
+        return Act(void=reason, ask=True)
+
+    def _grant(self) -> None:
+        is_covered = self.is_proven and self.applied >= self.required
+        self.lease_until = self._proof_until if is_covered else 0.0
