@@ -1,0 +1,378 @@
+"""L2: Redis. One guarded call site (:meth:`RedisRemote._exchange`); everything else packs arguments and reads replies.
+
+Theory of operation. Connections are redis-py's own (authentication, TLS, Sentinel), made by the factory with
+explicit timeouts and no retries of theirs, kept in a deque of ours and driven with hiredis-packed commands: about
+twice as fast as ``Redis.get`` (facts of redis-py 8.1: a pool lock, a poll and telemetry for each command). There is
+no poll at checkout, so a connection that the server closed while idle fails at first use; a command that may be
+repeated is then sent once more on a fresh connection. A time-out is never retried: one call costs at most one.
+
+Every error of the driver or the OS becomes RemoteStoreError here and nowhere else. Anything else that unwinds a call
+(SoftTimeLimitExceeded, GreenletExit, KeyboardInterrupt) passes through untouched, but its connection is dropped, for
+a reply may still be on its way.
+
+Not for use after a fork: the child builds a new one and closes the inherited sockets (:meth:`RedisRemote.abandon`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from typing import Any, Final
+
+import hiredis
+from redis.connection import AbstractConnection
+from redis.exceptions import (
+    ConnectionError as RedisConnectionError,
+)
+from redis.exceptions import (
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import (
+    TimeoutError as RedisTimeoutError,
+)
+
+from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
+from celery_mlcache.keys import RedisNames
+from celery_mlcache.protocols import Filled, Guard, RemoteCounts, Snapshot
+from celery_mlcache.wire import KIND_TOMBSTONE, MAX_STAMP, split_value
+
+REMOTE_ERRORS: Final = (RedisError, OSError)
+BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
+
+
+class Script:
+    """A Lua script with the shared prelude before it, called by its SHA-1."""
+
+    __slots__ = ("sha", "source")
+
+    def __init__(self, name: str) -> None:
+        folder = files("celery_mlcache") / "lua"
+        self.source = "\n".join((folder / f"{part}.lua").read_text("utf-8") for part in ("prelude", name))
+        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+def milliseconds(seconds: float) -> int:
+    """Round down, so that what this process believes never outlives what Redis keeps; at least 1."""
+    return max(1, int(seconds * 1000))
+
+
+class RedisRemote:
+    """See :class:`celery_mlcache.protocols.RemoteStore`. Thread-safe; greenlet-safe.
+
+    Args:
+        connect: Makes an unconnected redis-py connection with explicit timeouts, no retry, RESP2, raw bytes.
+        names: Every Redis name of the namespace.
+        guard: The circuit breaker.
+        counts: Where errors are counted.
+        clock: Seconds, monotonic.
+        max_idle: Connections kept between calls.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], AbstractConnection],
+        names: RedisNames,
+        *,
+        guard: Guard,
+        counts: RemoteCounts,
+        clock: Callable[[], float],
+        max_idle: int,
+    ) -> None:
+        self._connect = connect
+        self._names = names
+        self._guard = guard
+        self._counts = counts
+        self._clock = clock
+        self._max_idle = max_idle
+        self._idle: deque[AbstractConnection] = deque()
+        self._control = (names.counter, names.floor)
+        self._seed, self._write, self._replace = Script("seed"), Script("write"), Script("replace")
+        self._delete, self._fill, self._increment = Script("delete"), Script("fill"), Script("increment")
+        self._touch, self._clear = Script("touch"), Script("clear")
+
+    # ---- reads ----------------------------------------------------------------------------------------------
+
+    def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
+        """Return a snapshot for each key; see the protocol."""
+        names = [self._names.value(key) for key in keys]
+        packed = _pack(("MGET", *self._control, *names))
+        packed += b"".join([_pack(("PTTL", name)) for name in names])
+        answers = self._exchange("read", packed, replies=1 + len(names))
+        with self._understanding("read"):
+            (counter_text, floor_text, *values), *lives = answers
+            counter, floor = int(counter_text or 0), int(floor_text or 0)
+            if counter and floor and counter >= seen:
+                return [_snapshot(data, life, counter, floor) for data, life in zip(values, lives, strict=True)]
+        # Lost (eviction, FLUSHALL, restart) or behind (a failover that lost writes): nothing stored counts.
+        counter, floor = self.seed(seen=seen)
+        return [Snapshot(None, 0, counter, floor, None) for _ in keys]
+
+    def seed(self, *, seen: int) -> tuple[int, int]:
+        """Make sure that counter and floor exist and are not behind *seen*; return them."""
+        reply = self._call("seed", self._seed, (), (seen,))
+        with self._understanding("seed"):
+            counter, floor = reply
+            return int(counter), int(floor)
+
+    def ping(self) -> float:
+        """Return the round-trip time in seconds."""
+        sent_at = self._clock()
+        self._exchange("ping", _pack(("PING",)), replies=1)
+        return self._clock() - sent_at
+
+    # ---- writes ---------------------------------------------------------------------------------------------
+
+    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
+        """Store all under one stamp with one announcement; see the protocol."""
+        keys = [key for key, _, _ in items]
+        arguments: list[Any] = [seen, _joined(keys)]
+        for _, tail, ttl in items:
+            arguments += (milliseconds(ttl), tail)
+        reply = self._call("write", self._write, keys, arguments)
+        with self._understanding("write"):
+            return _stamp(reply)
+
+    def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
+        """Store if no live value is there."""
+        return self._replace_if("add", key, (seen, key, milliseconds(ttl), tail, ""))
+
+    def replace(self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int) -> int | None:
+        """Compare the stamp and set."""
+        life = "" if ttl is None else milliseconds(ttl)
+        return self._replace_if("replace", key, (seen, key, life, tail, expected))
+
+    def _replace_if(self, op: str, key: str, arguments: Sequence[Any]) -> int | None:
+        reply = self._call(op, self._replace, (key,), arguments, is_repeatable=False)
+        with self._understanding(op):
+            return _stamp(reply, allow_none=True) or None
+
+    def delete(self, keys: Sequence[str], *, tombstone: float, seen: int) -> tuple[int, int]:
+        """Put tombstones under one stamp with one announcement."""
+        reply = self._call("delete", self._delete, keys, (seen, _joined(keys), milliseconds(tombstone)))
+        with self._understanding("delete"):
+            stamp, removed = reply
+            return _stamp(stamp), int(removed)
+
+    def fill(self, items: Sequence[tuple[str, bytes, float, int]]) -> list[Filled]:
+        """Store what nothing has passed since its token."""
+        arguments: list[Any] = [0]
+        for _, tail, ttl, token in items:
+            arguments += (token, milliseconds(ttl), tail)
+        reply = self._call("fill", self._fill, [key for key, *_ in items], arguments, is_repeatable=False)
+        with self._understanding("fill"):
+            *outcomes, counter, floor = reply
+            filled = [_filled(outcome, int(counter), int(floor)) for outcome in outcomes]
+            if len(filled) == len(items):
+                return filled
+            raise ValueError(len(filled))
+
+    def increment(
+        self, key: str, delta: int, *, initial: tuple[int, bytes, float], seen: int
+    ) -> tuple[int, int, float]:
+        """Add in Lua; see the protocol."""
+        number, tail, ttl = initial
+        try:
+            arguments = (seen, key, delta, milliseconds(ttl), tail, number)
+            reply = self._call("increment", self._increment, (key,), arguments, is_repeatable=False)
+        except RemoteStoreError as exc:
+            if "NOTINTEGER" in exc.why:
+                raise NotAnIntegerError(key, "holds something that is not an integer") from None
+            if "OVERFLOW" in exc.why:
+                raise NotAnIntegerError(key, "would leave the range of ±2**53") from None
+            raise
+        with self._understanding("increment"):
+            stamp, number, life = reply
+            return _stamp(stamp), int(number), int(life) / 1000
+
+    def touch(self, key: str, ttl: float, *, seen: int) -> int | None:
+        """Give a live value a new life."""
+        reply = self._call("touch", self._touch, (key,), (seen, key, milliseconds(ttl)))
+        with self._understanding("touch"):
+            return _stamp(reply, allow_none=True) or None
+
+    def clear(self, *, seen: int) -> int:
+        """Raise the floor over everything stored."""
+        reply = self._call("clear", self._clear, (), (seen,))
+        with self._understanding("clear"):
+            return _stamp(reply)
+
+    # ---- connections ----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close every idle connection."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return
+            _disconnect(connection)
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's sockets without a word on them.
+
+        Closes this process's copies of the descriptors; no destructor of an inherited object runs a protocol.
+        """
+        for connection in list(self._idle):
+            abandon_socket(connection)
+
+    def _call(
+        self, op: str, script: Script, keys: Sequence[str], arguments: Sequence[Any], *, is_repeatable: bool = True
+    ) -> Any:
+        names = [*self._control, *[self._names.value(key) for key in keys]]
+        rest = (len(names), *names, self._names.channel, *arguments)
+        try:
+            packed = _pack(("EVALSHA", script.sha, *rest))
+            return self._exchange(op, packed, replies=1, is_repeatable=is_repeatable)[0]
+        except RemoteStoreError as exc:
+            if not isinstance(exc.__cause__, NoScriptError):
+                raise
+        packed = _pack(("EVAL", script.source, *rest))
+        return self._exchange(op, packed, replies=1, is_repeatable=is_repeatable)[0]
+
+    def _exchange(self, op: str, packed: bytes, replies: int, *, is_repeatable: bool = True) -> list[Any]:
+        """Send and read: the one place where breaker, error wrapping and counting stand."""
+        if not self._guard.allow():
+            self._counts.l2_rejected += 1
+            raise RemoteStoreError(op, "the circuit is open")
+        try:
+            answers = self._exchange_once(packed, replies, is_repeatable=is_repeatable)
+        except ResponseError as exc:
+            # The server lives and refuses (NOSCRIPT, OOM, NOPERM, READONLY, ...): no reason to stop asking it.
+            self._guard.success()
+            if isinstance(exc, ReadOnlyError):
+                self.close()  # demoted to a replica: ask who is master now
+            if not isinstance(exc, NoScriptError):
+                self._counts.l2_errors += 1
+            raise RemoteStoreError(op, str(exc)) from exc
+        except REMOTE_ERRORS as exc:
+            self._guard.failure()
+            self._counts.l2_errors += 1
+            raise RemoteStoreError(op, f"{type(exc).__name__}: {exc}", outcome_unknown=True) from exc
+        self._guard.success()
+        return answers
+
+    def _exchange_once(self, packed: bytes, replies: int, *, is_repeatable: bool) -> list[Any]:
+        connection, is_reused = self._checkout(must_live=not is_repeatable)
+        try:
+            return self._round_trip(connection, packed, replies)
+        except (RedisConnectionError, OSError) as exc:
+            is_timeout = isinstance(exc, (RedisTimeoutError, TimeoutError))
+            if is_timeout or not is_reused or not is_repeatable:
+                raise
+        # The server closed it while it was idle, and most likely its siblings too.
+        self.close()
+        connection, _ = self._checkout(must_live=False)
+        return self._round_trip(connection, packed, replies)
+
+    def _round_trip(self, connection: AbstractConnection, packed: bytes, replies: int) -> list[Any]:
+        refusal: ResponseError | None = None
+        answers = []
+        is_clean = False
+        try:
+            connection.send_packed_command([packed], check_health=False)
+            for _ in range(replies):
+                try:
+                    answers.append(connection.read_response())
+                except ResponseError as exc:
+                    refusal = refusal or exc
+            is_clean = True
+        finally:
+            # Whatever unwound this, a reply may still come: such a connection must not be used again.
+            if is_clean and len(self._idle) < self._max_idle:
+                self._idle.append(connection)
+            else:
+                _disconnect(connection)
+        if refusal is not None:
+            raise refusal
+        return answers
+
+    def _checkout(self, *, must_live: bool) -> tuple[AbstractConnection, bool]:
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break
+            if not must_live or _is_quiet(connection):
+                return connection, True
+            _disconnect(connection)
+        connection = self._connect()
+        try:
+            connection.connect()
+        except BaseException:
+            _disconnect(connection)
+            raise
+        return connection, False
+
+    @contextlib.contextmanager
+    def _understanding(self, op: str) -> Iterator[None]:
+        """Turn a reply of another shape into an outage: something else than Redis is talking."""
+        try:
+            yield
+        except (TypeError, ValueError) as exc:
+            self._guard.failure()
+            self._counts.l2_errors += 1
+            raise RemoteStoreError(op, "the reply has an unknown shape", outcome_unknown=True) from exc
+
+
+def _snapshot(data: Any, life: Any, counter: int, floor: int) -> Snapshot:
+    split = split_value(data) if isinstance(data, bytes) else None
+    if split is None or split[0] < floor:
+        return Snapshot(None, 0, counter, floor, None)
+    stamp, kind = split
+    # -2: it expired between the two commands; -1: no life at all, which only a foreign PERSIST can do.
+    if kind == KIND_TOMBSTONE or not isinstance(life, int) or life <= 0:
+        return Snapshot(None, stamp if kind == KIND_TOMBSTONE else 0, counter, floor, None)
+    return Snapshot(data, stamp, counter, floor, life / 1000)
+
+
+def _filled(outcome: Any, counter: int, floor: int) -> Filled:
+    code, *rest = outcome
+    if code == 0:
+        return Filled(is_stored=True, winner=None)
+    if code == 1:
+        return Filled(is_stored=False, winner=_snapshot(rest[0], rest[1], counter, floor), refused="winner")
+    return Filled(is_stored=False, winner=None, refused="fence")
+
+
+def _stamp(reply: Any, *, allow_none: bool = False) -> int:
+    if not isinstance(reply, int) or not (0 < reply <= MAX_STAMP or (allow_none and reply == 0)):
+        raise ValueError(reply)
+    return reply
+
+
+def _pack(command: tuple[Any, ...]) -> bytes:
+    packed: bytes = hiredis.pack_command(command)
+    return packed
+
+
+def _joined(keys: Sequence[str]) -> str:
+    return "\n".join(keys)
+
+
+def _is_quiet(connection: AbstractConnection) -> bool:
+    """An idle connection with something to read has been closed, or is out of step."""
+    try:
+        return not connection.can_read(timeout=0)
+    except REMOTE_ERRORS:
+        return False
+
+
+def _disconnect(connection: AbstractConnection) -> None:
+    with contextlib.suppress(*REMOTE_ERRORS):
+        connection.disconnect()
+
+
+def abandon_socket(connection: AbstractConnection) -> None:
+    """Close this process's copy of an inherited connection's descriptor, telling the server nothing."""
+    sock: socket.socket | None = getattr(connection, "_sock", None)  # redis-py has no public way to its socket
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            os.close(sock.detach())
