@@ -1,0 +1,224 @@
+"""The composition root: settings in, a wired manager out. Nothing else in the package builds a part of another.
+
+Importing this module imports redis but no celery; building does no I/O.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import time
+from collections.abc import Callable
+from math import inf
+from typing import Any, Final
+
+from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from celery_mlcache.backplane import Backplane
+from celery_mlcache.breaker import CircuitBreaker
+from celery_mlcache.codec import Codec
+from celery_mlcache.coherence import Coherence
+from celery_mlcache.config import CacheConfig, RedisLocation, load_config
+from celery_mlcache.errors import ConfigurationError
+from celery_mlcache.keys import RedisNames
+from celery_mlcache.local import Local
+from celery_mlcache.manager import CacheManager, Parts, Policy
+from celery_mlcache.remote import RedisRemote, Script, abandon_socket
+from celery_mlcache.singleflight import SingleFlight
+from celery_mlcache.stats import Stats
+
+COMMANDS: Final = 2  # RESP versions: commands need no HELLO,
+PUSHES: Final = 3  # and the backplane needs pushes and replies on one connection
+LOST_PROOF: Final = 1.0  # seconds: the least that an answer to a heartbeat is waited for
+
+log = logging.getLogger("celery_mlcache")
+
+
+def create_cache_manager(
+    config: CacheConfig | None = None, *, env_prefix: str = "LIB_", **overrides: Any
+) -> CacheManager:
+    """Return a cache manager outside Celery; it connects on its first use, in each process anew.
+
+    Args:
+        config: Settings made elsewhere; without it they are read from *overrides* and the environment.
+        env_prefix: What the environment variables start with.
+        **overrides: Fields of :class:`~celery_mlcache.config.CacheConfig`, before the environment.
+
+    Raises:
+        ConfigurationError: Names every wrong setting, its value and what is allowed, all at once.
+    """
+    if config is None:
+        config = load_config(overrides, env_prefix=env_prefix)
+    elif overrides:
+        raise ConfigurationError([f"give a config or single settings, not both: {', '.join(overrides)}"])
+    settled = config
+    return CacheManager(lambda: assemble(settled), name=settled.cache_namespace)
+
+
+def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False) -> Parts:
+    """Build one process's parts from settings, without I/O.
+
+    Args:
+        config: The settings.
+        with_l1: False where no L1, no listener and no thread may live: the prefork MainProcess.
+        strict: Raise L2's errors even if the settings say not to.
+    """
+    stats = Stats()
+    clock = time.monotonic
+    has_l1 = config.cache_enabled and config.l1_enabled and with_l1
+    has_l2 = config.cache_enabled and config.l2_enabled
+    is_synced = has_l1 and has_l2 and config.cache_sync_enabled
+    keys = tuple(key.get_secret_value().encode() for key in config.signing_keys)
+    breaker = remote = backplane = abandon = None
+    if has_l2:
+        names = RedisNames(config.cache_namespace, config.redis_location().db)
+        breaker = CircuitBreaker(
+            threshold=config.circuit_threshold,
+            reset=config.circuit_reset,
+            clock=clock,
+            jitter=random.random,
+            on_change=_breaker_logger(config.cache_namespace),
+        )
+        remote = RedisRemote(
+            connector(config, COMMANDS),
+            names,
+            guard=breaker,
+            counts=stats,
+            clock=clock,
+            max_idle=config.redis_max_connections,
+        )
+        if is_synced:
+            backplane = Backplane(
+                connector(config, PUSHES),
+                names,
+                seed=Script("seed").source,
+                heartbeat=config.heartbeat,
+                overdue=max(config.staleness_bound, LOST_PROOF),
+            )
+        abandon = _abandoner(remote, backplane)
+    return Parts(
+        policy=_policy(config, strict=strict),
+        codec=Codec(
+            serializer=config.serializer,
+            signing_keys=keys,
+            compression=config.compression,
+            compression_threshold=config.compression_threshold,
+            max_value_size=config.max_value_size,
+            copy_values=config.l1_copy,
+        ),
+        coherence=Coherence(
+            delta=config.staleness_bound if is_synced else inf, tombstone_ttl=config.tombstone_ttl, synced=is_synced
+        ),
+        flights=SingleFlight(max_wait=config.single_flight_wait, clock=clock),
+        stats=stats,
+        local=Local(config.l1_backend, config.l1_max_size) if has_l1 else None,
+        remote=remote,
+        backplane=backplane,
+        breaker=breaker,
+        abandon=abandon,
+    )
+
+
+def _policy(config: CacheConfig, *, strict: bool) -> Policy:
+    return Policy(
+        namespace=config.cache_namespace,
+        l1_ttl=config.l1_ttl,
+        l2_ttl=config.l2_ttl,
+        ttl_jitter=config.ttl_jitter,
+        tombstone_ttl=config.tombstone_ttl,
+        on_disconnect=config.on_disconnect,
+        max_stale=config.max_stale,
+        is_signed=bool(config.signing_keys),
+        strict=strict or config.strict,
+    )
+
+
+def connector(config: CacheConfig, protocol: int) -> Callable[[], AbstractConnection]:
+    """Return a maker of unconnected connections, with every default of redis-py's that matters said here.
+
+    Its own would wait 59 s for a frozen server (8.1: 5 s socket timeout, 10 retries).
+    """
+    location = config.redis_location()
+    options: dict[str, Any] = {
+        "db": location.db,
+        "username": location.username,
+        "password": location.password,
+        "client_name": f"{config.redis_client_name}:{socket.gethostname().partition('.')[0]}:{os.getpid()}",
+        "protocol": protocol,
+        "decode_responses": False,
+        "health_check_interval": 0,
+        **_patience(config),
+    }
+    if location.socket_path is not None:
+        path = location.socket_path
+        del options["socket_connect_timeout"]  # only some releases of redis-py take it here; the other bounds it too
+        return lambda: UnixDomainSocketConnection(path=path, **options)  # type: ignore[abstract]  # it is not
+    options["socket_keepalive"] = True
+    kind: type[Connection] = Connection
+    if location.tls is not None:
+        kind = SSLConnection
+        options |= {
+            "ssl_ca_certs": location.tls.ca_certs,
+            "ssl_certfile": location.tls.certfile,
+            "ssl_keyfile": location.tls.keyfile,
+            "ssl_cert_reqs": location.tls.cert_reqs,
+            "ssl_check_hostname": location.tls.check_hostname and location.tls.cert_reqs != "none",
+        }
+    if location.sentinels:
+        return _sentinel_connector(config, location, kind, options)
+    return lambda: kind(host=location.host, port=location.port, **options)
+
+
+def _sentinel_connector(
+    config: CacheConfig, location: RedisLocation, kind: type[Connection], options: dict[str, Any]
+) -> Callable[[], AbstractConnection]:
+    """Ask the sentinels for the master for each new connection: after a failover that is all it takes."""
+    sentinel = Sentinel(
+        list(location.sentinels),
+        sentinel_kwargs={
+            "username": location.sentinel_username,
+            "password": location.sentinel_password,
+            "protocol": COMMANDS,
+            **_patience(config),
+        },
+    )
+
+    def connect() -> AbstractConnection:
+        host, port = sentinel.discover_master(location.sentinel_master)
+        return kind(host=host, port=port, **options)
+
+    return connect
+
+
+def _patience(config: CacheConfig) -> dict[str, Any]:
+    return {
+        "socket_timeout": config.redis_socket_timeout,
+        "socket_connect_timeout": config.redis_connect_timeout,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_timeout": False,
+    }
+
+
+def _abandoner(remote: RedisRemote, backplane: Backplane | None) -> Callable[[], None]:
+    def abandon() -> None:
+        remote.abandon()
+        connection = backplane.inherited_connection() if backplane is not None else None
+        if connection is not None:
+            abandon_socket(connection)
+
+    return abandon
+
+
+def _breaker_logger(namespace: str) -> Callable[[str, str], None]:
+    def on_change(old: str, new: str) -> None:
+        if new == "open" and old == "closed":
+            log.warning("circuit open", extra={"namespace": namespace})
+        elif new == "closed":
+            log.info("circuit closed", extra={"namespace": namespace})
+
+    return on_change

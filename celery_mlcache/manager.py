@@ -1,0 +1,1184 @@
+"""The cache manager: the only file in which the order of the levels is written.
+
+How a look-up flows::
+
+    get(key) ── lease and front ──▶ value                            L1, one frame, no lock
+        └── _get_slow ── engine ──▶ value                            L1, under the lock
+               └── _fetch ── open a ticket, read L2 ──▶ value        L2, one round trip
+                      ├── the ticket still admits it? keep a copy
+                      └── MISS ──▶ default, or the loader (get_or_set) and a fenced fill
+
+Every decision about truth is :class:`~celery_mlcache.coherence.Coherence`'s; this file asks it and moves values.
+One lock joins what must be one step: a decision and the L1 change that follows from it, against the backplane's
+thread. No I/O, no codec, no user code and no log call runs under it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from types import TracebackType
+from typing import Any, Final, Literal, Self, TypeVar
+
+from celery_mlcache.backplane import Backplane
+from celery_mlcache.breaker import CircuitBreaker
+from celery_mlcache.coherence import Act, Coherence, Ticket
+from celery_mlcache.entry import MISS, Entry
+from celery_mlcache.errors import (
+    CacheClosedError,
+    CodecError,
+    NotAnIntegerError,
+    RemoteStoreError,
+    SerializationError,
+)
+from celery_mlcache.keys import check_key, format_token, parse_token
+from celery_mlcache.local import Local
+from celery_mlcache.protocols import Filled, Pulse, RemoteStore, Snapshot, ValueCodec
+from celery_mlcache.singleflight import Flight, SingleFlight
+from celery_mlcache.stats import Stats
+from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER, Message
+
+T = TypeVar("T")
+
+BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
+MAX_CAS_TRIES: Final = 100
+MAX_TTL: Final = 10 * 365 * 86400.0  # seconds; far above it Redis refuses the command
+
+log = logging.getLogger("celery_mlcache")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The settings that the manager itself decides by; all times in seconds."""
+
+    namespace: str
+    l1_ttl: float = 300.0
+    l2_ttl: float = 3600.0
+    ttl_jitter: float = 0.0
+    tombstone_ttl: float = 60.0
+    on_disconnect: Literal["bypass", "serve"] = "bypass"
+    max_stale: float = 30.0
+    is_signed: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What one process's cache is made of; the factory makes it, and makes it again after a fork."""
+
+    policy: Policy
+    codec: ValueCodec
+    coherence: Coherence
+    flights: SingleFlight
+    stats: Stats
+    local: Local | None = None
+    remote: RemoteStore | None = None
+    backplane: Backplane | None = None
+    breaker: CircuitBreaker | None = None
+    abandon: Callable[[], None] | None = None  # in a forked child: let go of inherited sockets
+
+
+class _Lead:
+    """What a flight's leader has seen so far: newcomers judge by it whether they may share its answer."""
+
+    __slots__ = ("barrier", "ticket", "token")
+
+    def __init__(self, ticket: Ticket, barrier: int) -> None:
+        self.ticket = ticket
+        self.barrier = barrier
+        self.token = 0
+
+
+@dataclass(slots=True)
+class _Found:
+    """What L2 said of one key, and what became of it."""
+
+    ticket: Ticket
+    taken_at: float  # monotonic, before the question left
+    value: Any = MISS
+    shelved: tuple[Any, Callable[[Any], Any] | None] = (None, None)
+    token: int = 0
+    stamp: int = 0
+    is_unreadable: bool = False
+    is_unanswered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A loaded value, ready to be stored."""
+
+    found: _Found
+    tail: bytes
+    shelved: tuple[Any, Callable[[Any], Any] | None]
+
+
+class CacheManager:
+    """A multi-level cache: L1 in this process over L2 in Redis, coherent over every process of the namespace.
+
+    Thread-safe, greenlet-safe and fork-safe: a child starts with an empty L1 and connections of its own. Lazy:
+    nothing is built, connected or started before the first use, in each process. A context manager; :meth:`close` is
+    polite, not needed.
+
+    At run time L2 trouble never raises (unless ``strict``): reads miss, loaders run, writes are dropped after the
+    local invalidation, and all of it is counted in :meth:`stats`. Wrong arguments always raise: CacheKeyError for
+    keys, ValueError for ``ttl``, SerializationError for a value that would come back altered.
+
+    Not promised: writes by foreign clients and L2's own evictions are not announced, so they show after at most
+    ``l1_ttl``; a write that could not reach Redis is dropped for every other process.
+
+    Args:
+        assemble: Makes the parts; called once in each process, on the first use. Must do no I/O.
+        name: The namespace, for messages before the parts exist.
+        clock: Monotonic seconds.
+        rng: 0 to 1, for the jitter of lives.
+    """
+
+    def __init__(
+        self,
+        assemble: Callable[[], Parts],
+        *,
+        name: str = "default",
+        clock: Callable[[], float] = time.monotonic,
+        rng: Callable[[], float] = random.random,
+    ) -> None:
+        self._assemble = assemble
+        self._name = name
+        self._clock = clock
+        self._rng = rng
+        self._is_closed = False
+        self._inherited: list[Parts] = []
+        self._reset()
+        _MANAGERS.add(self)
+
+    def _reset(self) -> None:
+        self._parts: Parts | None = None
+        self._build_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._coherence = _unproven()
+        self._front_get: Callable[[str], Entry | None] = _NO_FRONT.get
+        self._l1_hits = 0
+        self._clock_offset: float | None = None
+        self._state = "starting"
+
+    def _forked(self) -> None:
+        """Runs in the child, inside fork: drops references and builds nothing, for any inherited lock may be held.
+
+        What is inherited stays referenced for ever, so that no destructor of it runs here.
+        """
+        if self._parts is not None:
+            self._inherited.append(self._parts)
+        self._reset()
+
+    def _start(self) -> Parts:
+        """Build this process's parts, without I/O; the backplane connects on its own thread."""
+        with self._build_lock:
+            if self._parts is not None:
+                return self._parts
+            if self._is_closed:
+                raise CacheClosedError(self._name)
+            parts = self._assemble()
+            for inherited in self._inherited:
+                if inherited.abandon is not None:
+                    inherited.abandon()
+            self._name = parts.policy.namespace
+            self._coherence = parts.coherence
+            if parts.local is not None:
+                self._front_get = parts.local.front_get
+            self._parts = parts
+            if parts.backplane is not None:
+                parts.backplane.start(self)
+            return parts
+
+    def warm(self) -> None:
+        """Build this process's cache and start its backplane now, without I/O on this thread; idempotent."""
+        self._parts or self._start()
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether this process has built its parts."""
+        return self._parts is not None
+
+    def release(self, timeout: float = 1.0) -> None:
+        """Stop the backplane, waiting at most *timeout* seconds for its thread, and close idle connections.
+
+        The next use builds everything anew. Never raises; calls that are under way end as if L2 had failed.
+        """
+        with self._build_lock:
+            parts, self._parts = self._parts, None
+            self._front_get = _NO_FRONT.get
+            self._coherence = _unproven()
+        if parts is None:
+            return
+        if parts.backplane is not None:
+            parts.backplane.stop(timeout)
+        if parts.remote is not None:
+            parts.remote.close()
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Release everything for good: any later use raises CacheClosedError. Idempotent."""
+        self._is_closed = True
+        self.release(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "idle" if self._parts is None else "running"
+        return f"<CacheManager {self._name!r} {state}>"
+
+    # ---- reading --------------------------------------------------------------------------------------------
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of *key*, or *default*.
+
+        ``None`` is a value; ask with ``default=MISS`` to tell it from a miss.
+
+        Raises:
+            CacheKeyError: *key* cannot be a key.
+            RemoteStoreError: Only with ``strict``.
+        """
+        # One own frame and no lock for a hit: tests/benchmarks. The lease is read before the entry: the other way
+        # round, a lease granted in between would vouch for a copy that was fetched before it.
+        lease = self._coherence.lease_until
+        try:
+            entry = self._front_get(key)
+        except TypeError:
+            entry = None  # unhashable: refused on the slow path
+        if entry is not None:
+            now = self._clock()
+            if now < lease and now < entry.deadline:
+                self._l1_hits += 1
+                return entry.value if entry.thaw is None else entry.thaw(entry.value)
+        return self._get_slow(key, default)
+
+    def _get_slow(self, key: str, default: Any) -> Any:
+        parts = self._parts or self._start()
+        check_key(key)
+        value = self._look_local(parts, key)
+        if value is MISS and parts.remote is not None:
+            with self._tickets(parts, (key,)) as tickets:
+                value = self._fetch(parts, parts.remote, tickets)[0].value
+                parts.stats.l2_hits += value is not MISS
+        if value is not MISS:
+            return value
+        parts.stats.misses += 1
+        return default
+
+    def exists(self, key: str) -> bool:
+        """Return whether *key* has a live value; loads nothing into L1. Raises as :meth:`get`."""
+        parts = self._parts or self._start()
+        check_key(key)
+        if self._look_local(parts, key) is not MISS:
+            return True
+        snapshot = self._peek_remote(parts, key)
+        return snapshot is not None and snapshot.data is not None
+
+    __contains__ = exists
+
+    def ttl(self, key: str) -> float | None:
+        """Return the seconds of life that *key* has left (in L2, or in L1 where there is no L2), or None."""
+        parts = self._parts or self._start()
+        check_key(key)
+        if parts.remote is not None:
+            snapshot = self._peek_remote(parts, key)
+            return None if snapshot is None else snapshot.remaining
+        entry = self._live_local(parts, key)
+        return None if entry is None else entry.deadline - self._clock()
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Return the values of those *keys* that have one; what L1 lacks is asked for in one round trip.
+
+        Raises as :meth:`get`.
+        """
+        parts = self._parts or self._start()
+        found, missing = self._look_many(parts, keys)
+        if missing and parts.remote is not None:
+            for batch in _batches(missing):
+                with self._tickets(parts, batch) as tickets:
+                    for ticket, seen in zip(tickets, self._fetch(parts, parts.remote, tickets), strict=True):
+                        if seen.value is not MISS:
+                            found[ticket.key] = seen.value
+                            parts.stats.l2_hits += 1
+        parts.stats.misses += sum(key not in found for key in missing)
+        return found
+
+    # ---- reading or loading ---------------------------------------------------------------------------------
+
+    def get_or_set(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: Sequence[str] = ()) -> T:
+        """Return the value of *key*; on a miss run *loader* and keep its result.
+
+        The loader runs once at a time for a key in this process; other callers wait for it, at most
+        ``single_flight_wait`` seconds, and then run their own. A caller that comes after an invalidation never shares
+        a loader that began before it. The result is stored by a fenced add: if the key was written, deleted or
+        cleared since the miss, it is returned and not stored; if a live value was written meanwhile, that is
+        returned.
+
+        Args:
+            key: The key.
+            loader: Called without arguments.
+            ttl: Seconds of life, > 0 and finite; None for the default.
+            tags: Labels kept with the entry.
+
+        Raises:
+            Exception: Whatever *loader* raises, unchanged; nothing is stored then.
+            CacheKeyError: *key* cannot be a key.
+            ValueError: *ttl* is out of range.
+            RemoteStoreError: Only with ``strict``.
+            SerializationError: Only with ``strict``; else a result that cannot be stored is returned and counted.
+        """
+        lease = self._coherence.lease_until  # as in get(), and written out for the same reason
+        try:
+            entry = self._front_get(key)
+        except TypeError:
+            entry = None
+        if entry is not None:
+            now = self._clock()
+            if now < lease and now < entry.deadline:
+                self._l1_hits += 1
+                value: T = entry.value if entry.thaw is None else entry.thaw(entry.value)
+                return value
+        loaded: T = self._get_or_set_slow(key, loader, ttl, tags)
+        return loaded
+
+    def _get_or_set_slow(self, key: str, loader: Callable[[], Any], ttl: float | None, tags: Sequence[str]) -> Any:
+        parts = self._parts or self._start()
+        check_key(key)
+        life = self._life(parts, ttl)
+        value = self._look_local(parts, key)
+        if value is not MISS:
+            return value
+        if parts.remote is None and parts.local is None:
+            return self._load(parts, loader)  # switched off: every loader runs
+        flight, is_leader = parts.flights.board(key, self._is_current)
+        if not is_leader:
+            parts.stats.coalesced += 1
+            return _own_copy(flight.result)
+        with flight, self._tickets(parts, (key,)) as tickets:
+            flight.ticket = lead = _Lead(tickets[0], parts.coherence.required)
+            found = self._find(parts, lead)
+            if found.value is not MISS:
+                parts.stats.l2_hits += 1
+                flight.land(found.shelved)
+                return found.value
+            parts.stats.misses += 1
+            loaded = self._load(parts, loader)
+            draft = self._draft(parts, found, loaded, tags)
+            if draft is None:
+                return loaded
+            winner = self._fill(parts, [draft], life).get(key)
+            flight.land(winner.shelved if winner is not None else draft.shelved)
+            return winner.value if winner is not None else loaded
+
+    def get_or_set_many(
+        self,
+        keys: Iterable[str],
+        loader: Callable[[list[str]], Mapping[str, Any]],
+        ttl: float | None = None,
+        *,
+        tags: Sequence[str] = (),
+    ) -> dict[str, Any]:
+        """Return the values of *keys*; *loader* gets the list of those that no level has and returns a mapping.
+
+        One round trip reads, one fills. Keys that the mapping lacks are absent from the result and not stored; keys
+        it has beyond those asked for are ignored. No single-flight: two callers may load the same key at once. Raises
+        as :meth:`get_or_set`.
+        """
+        parts = self._parts or self._start()
+        life = self._life(parts, ttl)
+        found, missing = self._look_many(parts, keys)
+        if not missing:
+            return found
+        with self._tickets(parts, missing) as tickets:
+            absent = []
+            for seen in self._find_many(parts, tickets):
+                if seen.value is MISS:
+                    absent.append(seen)
+                else:
+                    found[seen.ticket.key] = seen.value
+                    parts.stats.l2_hits += 1
+            parts.stats.misses += len(absent)
+            if absent:
+                loaded = self._load(parts, lambda: loader([seen.ticket.key for seen in absent]))
+                drafts = []
+                for seen in absent:
+                    if seen.ticket.key in loaded:
+                        found[seen.ticket.key] = value = loaded[seen.ticket.key]
+                        draft = self._draft(parts, seen, value, tags)
+                        if draft is not None:
+                            drafts.append(draft)
+                for key, winner in self._fill(parts, drafts, life).items():
+                    found[key] = winner.value
+        return found
+
+    def _is_current(self, flight: Flight) -> bool:
+        lead = flight.ticket
+        if not isinstance(lead, _Lead):
+            return True  # it has not read anything yet
+        with self._lock:
+            return self._coherence.is_current(lead.ticket, lead.token, lead.barrier)
+
+    def _find(self, parts: Parts, lead: _Lead) -> _Found:
+        found = self._find_many(parts, [lead.ticket])[0]
+        lead.token = found.token
+        return found
+
+    def _find_many(self, parts: Parts, tickets: Sequence[Ticket]) -> list[_Found]:
+        if parts.remote is not None:
+            return [found for batch in _batches(tickets) for found in self._fetch(parts, parts.remote, list(batch))]
+        return [self._find_local(parts, ticket) for ticket in tickets]
+
+    def _find_local(self, parts: Parts, ticket: Ticket) -> _Found:
+        """Look again now that the ticket is open: another flight may have landed since the miss."""
+        found = _Found(ticket, self._clock(), token=parts.coherence.highest)
+        entry = self._live_local(parts, ticket.key)
+        if entry is not None:
+            found.value, found.shelved = entry.read(), (entry.value, entry.thaw)
+        return found
+
+    def _load(self, parts: Parts, loader: Callable[[], T]) -> T:
+        parts.stats.loads += 1
+        began = self._clock()
+        try:
+            return loader()
+        except BaseException:
+            parts.stats.load_failures += 1
+            raise
+        finally:
+            parts.stats.load_seconds += self._clock() - began
+
+    def _draft(self, parts: Parts, found: _Found, value: Any, tags: Sequence[str]) -> _Draft | None:
+        key = found.ticket.key
+        try:
+            tail = parts.codec.encode(key, value, tags=tags)
+        except SerializationError as exc:
+            parts.stats.unserializable += 1
+            if parts.policy.strict:
+                raise
+            if parts.stats.unserializable == 1:
+                log.warning("a loaded value cannot be cached", extra={"key": key, "why": str(exc)})
+            return None
+        return _Draft(found, tail, parts.codec.shelve(key, value, tail))
+
+    def _fill(self, parts: Parts, drafts: Sequence[_Draft], life: float) -> dict[str, _Found]:
+        """Store by fenced adds; return the live values that were there already, by key."""
+        fenced: list[tuple[_Draft, int]] = []
+        with self._lock:
+            for draft in drafts:
+                found = draft.found
+                if parts.remote is None:
+                    token: int | None = found.token if parts.coherence.admits(found.ticket, found.token) else None
+                elif found.is_unanswered:
+                    token = None  # L2 did not answer the read: nothing to fence with
+                else:
+                    token = parts.coherence.fence(found.ticket, found.token, found.taken_at, self._clock())
+                if token is None:
+                    parts.stats.fills_refused += 1
+                else:
+                    fenced.append((draft, token))
+        winners: dict[str, _Found] = {}
+        for batch in _batches(fenced):
+            winners |= self._fill_batch(parts, batch, life)
+        return winners
+
+    def _fill_batch(self, parts: Parts, batch: Sequence[tuple[_Draft, int]], life: float) -> dict[str, _Found]:
+        sent_at = self._clock()
+        if parts.remote is None:
+            outcomes = [Filled(is_stored=True, winner=None) for _ in batch]
+        else:
+            # A live value that cannot be read would win over every filler until it expires: swap it for ours.
+            for draft, _ in batch:
+                if draft.found.is_unreadable:
+                    self._swap(parts, draft, life)
+            batch = [(draft, token) for draft, token in batch if not draft.found.is_unreadable]
+            try:
+                items = [(draft.found.ticket.key, draft.tail, life, token) for draft, token in batch]
+                outcomes = parts.remote.fill(items) if items else []
+            except RemoteStoreError as exc:
+                self._dropped(parts, exc)
+                return {}
+        winners: dict[str, _Found] = {}
+        for (draft, token), outcome in zip(batch, outcomes, strict=True):
+            if outcome.is_stored:
+                parts.stats.fills += 1
+                self._keep(parts, draft.found.ticket, token, draft.shelved, (sent_at, life))
+            elif outcome.winner is not None:
+                parts.stats.fills_lost += 1
+                winner = self._take(parts, draft.found.ticket, outcome.winner, sent_at)
+                if winner.value is not MISS:
+                    winners[winner.ticket.key] = winner
+            else:
+                parts.stats.fills_refused += 1
+        return winners
+
+    # ---- writing --------------------------------------------------------------------------------------------
+
+    def set(self, key: str, value: Any, ttl: float | None = None, *, tags: Sequence[str] = ()) -> bool:
+        """Store *value* on every level and invalidate every other process's copy, in one round trip.
+
+        Args:
+            key: The key.
+            value: Anything the codec restores exactly; a later change of it does not change the cache.
+            ttl: Seconds of life, > 0 and finite; None for the default.
+            tags: Labels kept with the entry.
+
+        Returns:
+            Whether it was stored. False: L2 did not take it (counted as ``writes_dropped``), or the cache is off.
+
+        Raises:
+            CacheKeyError: *key* cannot be a key.
+            ValueError: *ttl* is out of range.
+            SerializationError: *value* would come back altered; nothing was sent.
+            RemoteStoreError: Only with ``strict``.
+        """
+        return self._set_many(((key, value),), ttl, tags)
+
+    def set_many(self, mapping: Mapping[str, Any], ttl: float | None = None, *, tags: Sequence[str] = ()) -> bool:
+        """Store all of *mapping* (up to 500 keys with one script and one announcement each time).
+
+        Every key and value is checked before anything is sent. Returns and raises as :meth:`set`.
+        """
+        return self._set_many(tuple(mapping.items()), ttl, tags)
+
+    def _set_many(self, items: Sequence[tuple[str, Any]], ttl: float | None, tags: Sequence[str]) -> bool:
+        parts = self._parts or self._start()
+        life = self._life(parts, ttl)
+        tails = [(check_key(key), parts.codec.encode(key, value, tags=tags)) for key, value in items]
+        shelved = [parts.codec.shelve(key, value, tail) for (key, value), (_, tail) in zip(items, tails, strict=True)]
+        is_stored = True
+        for batch in _batches(range(len(items))):
+            lot = [(tails[i][0], tails[i][1], life) for i in batch]
+            try:
+                with self._writing(parts, [key for key, _, _ in lot]) as tickets:
+                    sent_at = self._clock()
+                    if parts.remote is not None:
+                        stamp = parts.remote.write(lot, seen=parts.coherence.highest)
+                    else:
+                        stamp = self._local_stamp(parts)
+                    for ticket, i in zip(tickets, batch, strict=True):
+                        self._keep(parts, ticket, stamp, shelved[i], (sent_at, life))
+            except RemoteStoreError as exc:
+                self._dropped(parts, exc, len(lot))
+                is_stored = False
+            else:
+                parts.stats.writes += len(lot)
+        return is_stored and (parts.remote is not None or parts.local is not None)
+
+    def add(self, key: str, value: Any, ttl: float | None = None) -> bool:
+        """Store *value* only if *key* has no live value, atomically in L2; return whether it was stored.
+
+        Raises as :meth:`set`.
+        """
+        parts = self._parts or self._start()
+        check_key(key)
+        life = self._life(parts, ttl)
+        tail = parts.codec.encode(key, value)
+        try:
+            with self._writing(parts, (key,)) as (ticket,):
+                sent_at = self._clock()
+                if parts.remote is not None:
+                    stamp = parts.remote.add(key, tail, life, seen=parts.coherence.highest)
+                else:
+                    is_free = self._live_local(parts, key) is None and parts.local is not None
+                    stamp = self._local_stamp(parts) if is_free else None
+                if stamp is None:
+                    return False
+                parts.stats.writes += 1
+                self._keep(parts, ticket, stamp, parts.codec.shelve(key, value, tail), (sent_at, life))
+                return True
+        except RemoteStoreError as exc:
+            self._dropped(parts, exc)
+            return False
+
+    def incr(self, key: str, delta: int = 1, *, initial: int = 0, ttl: float | None = None) -> int:
+        """Add *delta* to an integer, atomically over the fleet, and return the sum; its life goes on.
+
+        Args:
+            key: The key.
+            delta: What to add.
+            initial: What an absent key counts as.
+            ttl: Seconds of life of a key that was absent.
+
+        Returns:
+            The new number. Where L2 cannot be asked: ``initial + delta``, as if the key were absent, and counted as
+            ``writes_dropped``.
+
+        Raises:
+            NotAnIntegerError: The value is not an integer, or the sum would leave ±2**53.
+            TypeError: *delta* or *initial* is not an ``int``.
+            CacheKeyError: *key* cannot be a key.
+            ValueError: *ttl* is out of range.
+            RemoteStoreError: Only with ``strict``.
+        """
+        parts = self._parts or self._start()
+        check_key(key)
+        life = self._life(parts, ttl)
+        for name, number in (("delta", delta), ("initial", initial)):
+            if type(number) is not int:
+                msg = f"{name} must be an int, not {number!r:.80}"
+                raise TypeError(msg)
+        fresh = _checked_sum(key, initial, delta)
+        _checked_sum(key, 0, delta)
+        try:
+            with self._writing(parts, (key,)) as (ticket,):
+                sent_at = self._clock()
+                if parts.remote is None:
+                    stamp, number, remaining = self._increment_local(parts, key, delta, fresh, life)
+                elif parts.policy.is_signed:
+                    stamp, number, remaining = self._increment_signed(parts, parts.remote, key, (delta, fresh, life))
+                else:
+                    stamp, number, remaining = parts.remote.increment(
+                        key,
+                        delta,
+                        initial=(fresh, parts.codec.encode(key, fresh), life),
+                        seen=parts.coherence.highest,
+                    )
+                parts.stats.writes += 1
+                self._keep(parts, ticket, stamp, (number, None), (sent_at, remaining))
+                return number
+        except RemoteStoreError as exc:
+            self._dropped(parts, exc)
+            return fresh
+
+    def decr(self, key: str, delta: int = 1, *, initial: int = 0, ttl: float | None = None) -> int:
+        """Subtract *delta*; everything else as :meth:`incr`."""
+        if type(delta) is not int:
+            msg = f"delta must be an int, not {delta!r:.80}"
+            raise TypeError(msg)
+        return self.incr(key, -delta, initial=initial, ttl=ttl)
+
+    def _increment_local(self, parts: Parts, key: str, delta: int, fresh: int, life: float) -> tuple[int, int, float]:
+        entry = self._live_local(parts, key)
+        if entry is None:
+            return self._local_stamp(parts), fresh, life
+        value = entry.read()
+        if type(value) is not int:
+            raise NotAnIntegerError(key, "holds something that is not an integer")
+        return self._local_stamp(parts), _checked_sum(key, value, delta), entry.deadline - self._clock()
+
+    def _increment_signed(
+        self, parts: Parts, remote: RemoteStore, key: str, step: tuple[int, int, float]
+    ) -> tuple[int, int, float]:
+        """Compare and set: Lua cannot sign. Every round, one of the contenders gets through."""
+        delta, fresh, life = step
+        for _ in range(MAX_CAS_TRIES):
+            (snapshot,) = remote.read((key,), seen=parts.coherence.highest)
+            number, remaining = fresh, None
+            if snapshot.data is not None:
+                try:
+                    value = parts.codec.decode(key, snapshot.data).value
+                except CodecError as exc:
+                    parts.stats.add_codec_miss(exc.reason)
+                else:
+                    if type(value) is not int:
+                        raise NotAnIntegerError(key, "holds something that is not an integer")
+                    number, remaining = _checked_sum(key, value, delta), snapshot.remaining
+            stamp = remote.replace(
+                key,
+                parts.codec.encode(key, number),
+                expected=snapshot.stamp,
+                ttl=life if remaining is None else None,
+                seen=parts.coherence.highest,
+            )
+            if stamp is not None:
+                return stamp, number, life if remaining is None else remaining
+        raise RemoteStoreError("increment", f"{MAX_CAS_TRIES} others got in between")
+
+    def touch(self, key: str, ttl: float) -> bool:
+        """Give a live value *ttl* seconds from now on, on every level; return whether there is one.
+
+        Raises as :meth:`set`.
+        """
+        parts = self._parts or self._start()
+        check_key(key)
+        life = self._life(parts, ttl)
+        try:
+            with self._writing(parts, (key,)) as (ticket,):
+                if parts.remote is None:
+                    return self._touch_local(parts, ticket, life)
+                stamp = parts.remote.touch(key, life, seen=parts.coherence.highest)
+                if stamp is None:
+                    return False
+                parts.stats.writes += 1
+                self._forget(parts, (ticket,), stamp)
+                return True
+        except RemoteStoreError as exc:
+            self._dropped(parts, exc)
+            return False
+
+    def _touch_local(self, parts: Parts, ticket: Ticket, life: float) -> bool:
+        entry = self._live_local(parts, ticket.key)
+        if entry is None:
+            return False
+        self._keep(parts, ticket, self._local_stamp(parts), (entry.value, entry.thaw), (self._clock(), life))
+        return True
+
+    def refresh(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: Sequence[str] = ()) -> T:
+        """Run *loader* now, store its result over whatever is cached, and return it.
+
+        What happens to the key meanwhile wins: the result is then returned and not stored, for it may be older.
+        Raises as :meth:`get_or_set`.
+        """
+        parts = self._parts or self._start()
+        check_key(key)
+        life = self._life(parts, ttl)
+        with self._tickets(parts, (key,)) as tickets:
+            before = self._observe(parts, tickets[0])
+            value = self._load(parts, loader)
+            draft = self._draft(parts, before, value, tags)
+            if draft is not None:
+                self._swap(parts, draft, life)
+        return value
+
+    def _observe(self, parts: Parts, ticket: Ticket) -> _Found:
+        """Note what the key is before a loader runs, taking no copy."""
+        found = _Found(ticket, self._clock(), token=parts.coherence.highest)
+        if parts.remote is not None:
+            snapshot = self._peek_remote(parts, ticket.key)
+            if snapshot is None:
+                found.is_unanswered = True
+            else:
+                found.token, found.stamp = snapshot.token, snapshot.stamp
+        return found
+
+    def _swap(self, parts: Parts, draft: _Draft, life: float) -> None:
+        """Store by compare and set, if no one has written or removed the key since it was observed."""
+        found, sent_at = draft.found, self._clock()
+        with self._lock:
+            token = parts.coherence.fence(found.ticket, found.token, found.taken_at, sent_at)
+            is_fenced = parts.coherence.admits(found.ticket, found.token) if parts.remote is None else token is not None
+        stamp: int | None = None
+        if is_fenced and not found.is_unanswered:
+            try:
+                with self._writing(parts, (found.ticket.key,)):
+                    if parts.remote is None:
+                        stamp = self._local_stamp(parts)
+                    else:
+                        stamp = parts.remote.replace(
+                            found.ticket.key,
+                            draft.tail,
+                            expected=found.stamp,
+                            ttl=life,
+                            seen=parts.coherence.highest,
+                        )
+            except RemoteStoreError as exc:
+                self._dropped(parts, exc)
+                return
+        if stamp is None:
+            parts.stats.fills_refused += 1
+            return
+        parts.stats.fills += 1
+        self._keep(parts, found.ticket, stamp, draft.shelved, (sent_at, life))
+
+    def delete(self, key: str) -> bool:
+        """Remove *key* from every level and every process; return whether L2 (or else L1) had a live value.
+
+        Raises as :meth:`get`.
+        """
+        return self.delete_many((key,)) > 0
+
+    def delete_many(self, keys: Iterable[str]) -> int:
+        """Remove *keys* (up to 500 with one script and one announcement each time); return how many were live.
+
+        Raises as :meth:`get`.
+        """
+        parts = self._parts or self._start()
+        removed = 0
+        for batch in _batches(list(dict.fromkeys(check_key(key) for key in keys))):
+            try:
+                with self._writing(parts, batch) as tickets:
+                    if parts.remote is not None:
+                        tombstone = parts.policy.tombstone_ttl
+                        stamp, count = parts.remote.delete(batch, tombstone=tombstone, seen=parts.coherence.highest)
+                    else:
+                        count = sum(self._live_local(parts, key) is not None for key in batch)
+                        stamp = self._local_stamp(parts)
+                    self._forget(parts, tickets, stamp)
+            except RemoteStoreError as exc:
+                self._dropped(parts, exc, len(batch))
+            else:
+                removed += count
+                parts.stats.deletes += len(batch)
+        return removed
+
+    def clear(self) -> bool:
+        """Make everything in the namespace dead, on every level and process, in O(1); return whether L2 was told.
+
+        Raises a floor under the stamps; nothing is scanned, no FLUSHDB. What is dead goes as its life ends.
+
+        Raises:
+            RemoteStoreError: Only with ``strict``.
+        """
+        parts = self._parts or self._start()
+        is_told = parts.remote is None
+        try:
+            if parts.remote is not None:
+                floor = parts.remote.clear(seen=parts.coherence.highest)
+                is_told = True
+            else:
+                floor = self._local_stamp(parts)
+        except RemoteStoreError as exc:
+            self._dropped(parts, exc)
+        finally:
+            with self._lock:
+                if is_told:
+                    parts.coherence.flushed(floor)
+                    if parts.local is not None:
+                        parts.local.void_below(floor)
+                else:  # it may happen yet, or not at all: this process at least starts again
+                    parts.coherence.void()
+                    if parts.local is not None:
+                        parts.local.void(parts.coherence.epoch)
+        parts.stats.flushes += 1
+        return is_told
+
+    # ---- causality and state --------------------------------------------------------------------------------
+
+    def token(self) -> str:
+        """Return the causal token of all that this process has written, applied or read so far."""
+        parts = self._parts or self._start()
+        return format_token(parts.policy.namespace, parts.coherence.seen)
+
+    def barrier(self, token: str) -> None:
+        """See to it that no later read here is older than what the sender of *token* had seen; never waits.
+
+        Until that stamp has been applied L1 does not answer, and reads go to L2.
+
+        Raises:
+            ValueError: *token* is not one of this namespace.
+        """
+        parts = self._parts or self._start()
+        stamp = parse_token(token, parts.policy.namespace)
+        with self._lock:
+            act = parts.coherence.barrier(stamp, self._clock())
+            self._apply(parts, act)
+        if act.ask and parts.backplane is not None:
+            parts.backplane.ask_soon()
+
+    def count_bypass(self) -> None:
+        """Count a call that could not be cached, for :class:`~celery_mlcache.fleet.task.CachedTask`."""
+        (self._parts or self._start()).stats.uncacheable_calls += 1
+
+    def ping(self) -> float | None:
+        """Return L2's round-trip time in seconds; None where L2 is off or does not answer."""
+        parts = self._parts or self._start()
+        if parts.remote is None:
+            return None
+        try:
+            return parts.remote.ping()
+        except RemoteStoreError:
+            return None
+
+    def stats(self) -> dict[str, Any]:
+        """Return this process's counters and states; times in seconds.
+
+        Look-ups end as one of ``l1_hits``, ``l2_hits``, ``misses`` and ``coalesced``. Before the first use every
+        counter is 0, and asking starts nothing.
+        """
+        parts = self._parts
+        found: dict[str, Any] = (Stats() if parts is None else parts.stats).snapshot()
+        found["l1_hits"] += self._l1_hits
+        count, total, longest = (found.pop(name) for name in ("lag_count", "lag_sum", "lag_max"))
+        found["invalidation_lag"] = {"count": count, "mean": total / count if count else 0.0, "max": longest}
+        is_held = parts is not None and self._clock() < self._coherence.lease_until
+        return found | {
+            "namespace": self._name,
+            "pid": os.getpid(),
+            "l1_entries": parts.local.count() if parts is not None and parts.local is not None else 0,
+            "l1_engine": parts.local.engine if parts is not None and parts.local is not None else None,
+            "lease": "held" if is_held else "lapsed",
+            "backplane": self._state if parts is not None and parts.backplane is not None else "off",
+            "circuit": parts.breaker.state if parts is not None and parts.breaker is not None else "off",
+        }
+
+    # ---- what the backplane tells (its thread) --------------------------------------------------------------
+
+    def highest_stamp(self) -> int:
+        """Return the highest stamp known here; for the backplane."""
+        return self._coherence.highest
+
+    def on_subscribed(self) -> None:
+        """Count the subscription; only a heartbeat proves it."""
+        parts = self._parts
+        if parts is not None:
+            parts.stats.subscriptions += 1
+
+    def on_message(self, message: Message | None) -> bool:
+        """Apply one message; False asks for a heartbeat at once."""
+        parts = self._parts
+        if parts is None:
+            return True
+        with self._lock:
+            act = parts.coherence.observe(message)
+            self._apply(parts, act)
+        parts.stats.messages += 1
+        if message is None:
+            parts.stats.message_garbage += 1
+        elif self._clock_offset is not None:
+            parts.stats.add_lag(max(0.0, self._clock() + self._clock_offset - message.server_time))
+        return not act.ask
+
+    def on_pulse(self, pulse: Pulse) -> None:
+        """Renew the lease."""
+        parts = self._parts
+        if parts is None:
+            return
+        with self._lock:
+            act = parts.coherence.prove(pulse)
+            self._apply(parts, act)
+        # Half a round trip is the error; the server's clock itself never enters a decision.
+        self._clock_offset = pulse.server_time - (pulse.sent_at + pulse.received_at) / 2
+        if parts.breaker is not None:
+            parts.breaker.proof_of_life()
+        if self._state != "up":
+            self._state = "up"
+            log.info("backplane up", extra={"namespace": self._name, "stamp": pulse.stamp})
+
+    def on_lost(self, why: str) -> None:
+        """End the lease."""
+        parts = self._parts
+        if parts is None:
+            return
+        with self._lock:
+            parts.coherence.lose()
+        if self._state == "up":
+            parts.stats.subscription_losses += 1
+        if self._state != "down":
+            self._state = "down"
+            log.warning("backplane down", extra={"namespace": self._name, "why": why})
+
+    # ---- inside ---------------------------------------------------------------------------------------------
+
+    def _apply(self, parts: Parts, act: Act) -> None:
+        """Do to L1 what coherence decided; under the lock."""
+        if act.void:
+            parts.stats.add_gap(act.void)
+        local = parts.local
+        if local is None:
+            return
+        if act.void:
+            local.void(parts.coherence.epoch)
+        if act.is_flush:
+            parts.stats.flushes += 1
+            local.void_below(act.stamp)
+        for key in act.keys:
+            local.discard_older(key, act.stamp)
+
+    def _life(self, parts: Parts, ttl: float | None) -> float:
+        life = parts.policy.l2_ttl if ttl is None else check_ttl(ttl)
+        jitter = parts.policy.ttl_jitter
+        return life * (1 - jitter * self._rng()) if jitter else life
+
+    @contextmanager
+    def _tickets(self, parts: Parts, keys: Sequence[str]) -> Iterator[list[Ticket]]:
+        """Hold a ticket for each key: opened before anything is sent, closed however the operation ends."""
+        coherence = parts.coherence
+        with self._lock:
+            tickets = [coherence.open(key) for key in keys]
+        try:
+            yield tickets
+        finally:
+            with self._lock:
+                for ticket in tickets:
+                    coherence.close(ticket)
+
+    @contextmanager
+    def _writing(self, parts: Parts, keys: Sequence[str]) -> Iterator[list[Ticket]]:
+        """Hold tickets round a write; if it fails in any way it may have happened: forget the copies."""
+        with self._tickets(parts, keys) as tickets:
+            try:
+                yield tickets
+            except BaseException:
+                with self._lock:
+                    for ticket in tickets:
+                        parts.coherence.cancel(ticket)
+                        if parts.local is not None:
+                            parts.local.discard(ticket.key)
+                raise
+
+    def _look_local(self, parts: Parts, key: str) -> Any:
+        """Return what L1 may answer beyond the front, or MISS."""
+        local, coherence, policy = parts.local, parts.coherence, parts.policy
+        if local is None:
+            return MISS
+        is_stale = False
+        with self._lock:
+            # The clock last: a pause after it can only make the answer as old as the pause.
+            now = self._clock()
+            if now < coherence.lease_until:
+                entry = local.promote(key)
+            elif policy.on_disconnect == "serve" and coherence.may_serve(now, policy.max_stale):
+                entry, is_stale = local.peek(key), True
+            else:
+                parts.stats.bypassed += 1
+                return MISS
+        if entry is None or now >= entry.deadline:
+            return MISS
+        parts.stats.l1_hits += 1
+        parts.stats.stale_served += is_stale
+        return entry.read()
+
+    def _look_many(self, parts: Parts, keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+        found: dict[str, Any] = {}
+        missing = []
+        for key in dict.fromkeys(check_key(key) for key in keys):
+            lease = self._coherence.lease_until
+            entry = self._front_get(key)
+            now = self._clock()
+            if entry is not None and now < lease and now < entry.deadline:
+                self._l1_hits += 1
+                found[key] = entry.read()
+                continue
+            value = self._look_local(parts, key)
+            if value is MISS:
+                missing.append(key)
+            else:
+                found[key] = value
+        return found, missing
+
+    def _live_local(self, parts: Parts, key: str) -> Entry | None:
+        """L1's entry where L1 is all there is."""
+        if parts.local is None:
+            return None
+        with self._lock:
+            entry = parts.local.peek(key)
+        return entry if entry is not None and self._clock() < entry.deadline else None
+
+    def _local_stamp(self, parts: Parts) -> int:
+        """Take a stamp where there is no Redis to take it from."""
+        with self._lock:
+            parts.coherence.note(parts.coherence.highest + 1)
+            return parts.coherence.highest
+
+    def _peek_remote(self, parts: Parts, key: str) -> Snapshot | None:
+        if parts.remote is None:
+            return None
+        try:
+            return parts.remote.read((key,), seen=parts.coherence.highest)[0]
+        except RemoteStoreError as exc:
+            self._failed(parts, exc)
+            return None
+
+    def _fetch(self, parts: Parts, remote: RemoteStore, tickets: Sequence[Ticket]) -> list[_Found]:
+        """Read L2 in one round trip, and keep copies of what the tickets still admit."""
+        sent_at = self._clock()
+        try:
+            snapshots = remote.read([ticket.key for ticket in tickets], seen=parts.coherence.highest)
+        except RemoteStoreError as exc:
+            self._failed(parts, exc)
+            return [_Found(ticket, sent_at, is_unanswered=True) for ticket in tickets]
+        return [
+            self._take(parts, ticket, snapshot, sent_at) for ticket, snapshot in zip(tickets, snapshots, strict=True)
+        ]
+
+    def _take(self, parts: Parts, ticket: Ticket, snapshot: Snapshot, sent_at: float) -> _Found:
+        found = _Found(ticket, sent_at, token=snapshot.token, stamp=snapshot.stamp)
+        if snapshot.data is not None and snapshot.remaining is not None:
+            try:
+                decoded = parts.codec.decode(ticket.key, snapshot.data)
+            except CodecError as exc:
+                parts.stats.add_codec_miss(exc.reason)
+                found.is_unreadable = True
+            else:
+                found.shelved = parts.codec.shelve_decoded(ticket.key, decoded, snapshot.data[HEAD_SIZE:])
+                found.value = decoded.value
+                self._keep(parts, ticket, snapshot.stamp, found.shelved, (sent_at, snapshot.remaining))
+                return found
+        with self._lock:
+            parts.coherence.note(snapshot.token)
+            if parts.local is not None:
+                # L2 has nothing (or nothing readable): a copy from before that instant must not answer later.
+                parts.local.discard_older(ticket.key, snapshot.token + 1)
+        return found
+
+    def _keep(
+        self, parts: Parts, ticket: Ticket, stamp: int, shelved: tuple[Any, Any], life: tuple[float, float]
+    ) -> None:
+        """Put a copy into L1 if nothing newer has passed; *life* is (monotonic start, seconds in L2)."""
+        sent_at, remaining = life
+        value, thaw = shelved
+        deadline = sent_at + min(remaining, parts.policy.l1_ttl)
+        local, coherence = parts.local, parts.coherence
+        with self._lock:
+            is_admitted = coherence.commit(ticket, stamp)
+            if local is None:
+                return
+            ttl = deadline - self._clock()
+            if is_admitted and ttl > 0:
+                local.put(ticket.key, Entry(value, stamp, deadline, coherence.epoch, thaw), ttl)
+                return
+            # Reads must not go backward when the lease returns.
+            local.discard_older(ticket.key, stamp)
+        parts.stats.l1_refused += 1
+
+    def _forget(self, parts: Parts, tickets: Sequence[Ticket], stamp: int) -> None:
+        """This process removed the keys under *stamp*."""
+        with self._lock:
+            for ticket in tickets:
+                parts.coherence.commit(ticket, stamp)
+                if parts.local is not None:
+                    parts.local.discard_older(ticket.key, stamp)
+
+    def _failed(self, parts: Parts, exc: RemoteStoreError) -> None:
+        if parts.policy.strict:
+            raise exc
+
+    def _dropped(self, parts: Parts, exc: RemoteStoreError, count: int = 1) -> None:
+        parts.stats.writes_dropped += count
+        self._failed(parts, exc)
+
+
+def check_ttl(ttl: object) -> float:
+    """Return *ttl* if it is a number of seconds > 0, finite and storable.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(ttl, (int, float)) and not isinstance(ttl, bool) and isfinite(ttl) and 0 < ttl <= MAX_TTL:
+        return float(ttl)
+    msg = f"ttl must be a number of seconds > 0 and <= {MAX_TTL:g}, or None for the default, not {ttl!r:.80}"
+    raise ValueError(msg)
+
+
+def _unproven() -> Coherence:
+    """Stands in until the parts are built: no lease, so every look-up takes the slow path."""
+    return Coherence(delta=0, tombstone_ttl=0, synced=True)
+
+
+def _own_copy(shelved: tuple[Any, Callable[[Any], Any] | None]) -> Any:
+    value, thaw = shelved
+    return value if thaw is None else thaw(value)
+
+
+def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]
+
+
+def _checked_sum(key: str, number: int, delta: int) -> int:
+    total = number + delta
+    if abs(total) > MAX_INTEGER:
+        raise NotAnIntegerError(key, "would leave the range of ±2**53")
+    return total
+
+
+def _after_fork_in_child() -> None:
+    for manager in list(_MANAGERS):
+        manager._forked()  # noqa: SLF001 - the same class's module
+
+
+_MANAGERS: weakref.WeakSet[CacheManager] = weakref.WeakSet()
+_NO_FRONT: Final[dict[str, Entry]] = {}
+os.register_at_fork(after_in_child=_after_fork_in_child)
