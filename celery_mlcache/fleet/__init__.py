@@ -1,0 +1,1 @@
+"""The Celery side: signals, the cached task, remote control and the command line."""

@@ -1,0 +1,176 @@
+"""``setup_cache(app)``: one fleet per Celery app. Opens no socket, starts no thread, reads no configuration too early.
+
+A fleet is what outlives processes: the app, the settings' sources, and the manager object that user code holds. The
+manager builds itself anew in each process; this module decides with which settings, and where it must have no L1.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from celery import Celery
+
+from celery_mlcache.config import CacheConfig, ConfigurationWarning, load_config, sources_from_celery
+from celery_mlcache.errors import ConfigurationError
+from celery_mlcache.factory import assemble
+from celery_mlcache.fleet import lifecycle
+from celery_mlcache.manager import CacheManager, Parts
+
+PREFIX: Final = "mlcache_"
+URL_SETTINGS: Final = ("mlcache_redis_url", "mlcache_backend_url")
+_ATTRIBUTE: Final = "_mlcache_fleet"
+PASSWORD_SETTING: Final = "mlcache_redis_password"  # noqa: S105 - the name of a setting
+
+log = logging.getLogger("celery_mlcache")
+
+
+class Fleet:
+    """The cache of one Celery app.
+
+    Thread-safe where its manager is. All that a fork inherits is the process id of a confined parent, which no child
+    has.
+    """
+
+    def __init__(self, app: Celery, config: CacheConfig | None, overrides: Mapping[str, Any]) -> None:
+        self.app = app
+        self.given = config
+        self.overrides = dict(overrides)
+        self.is_implicit = False  # made by a cached task, not by setup_cache
+        self._settled: CacheConfig | None = None
+        self._confined_pid: int | None = None
+        self.cache = CacheManager(self._assemble, name=app.main or "celery")
+
+    @property
+    def config(self) -> CacheConfig:
+        """Return the settings: arguments, environment, ``app.conf``, the Redis that Celery uses, defaults.
+
+        Raises:
+            ConfigurationError: Names every wrong setting.
+        """
+        if self._settled is None:
+            self._settled = self.given if self.given is not None else self._load()
+        return self._settled
+
+    def reconfigure(self, config: CacheConfig | None, overrides: Mapping[str, Any]) -> None:
+        """Take other settings, before anything was built with the old ones."""
+        self.given, self.overrides, self._settled = config, dict(overrides), None
+
+    def confine(self) -> None:
+        """Let this process, a prefork MainProcess, have no L1, no listener and no thread; its children may."""
+        self._confined_pid = os.getpid()
+        if self.cache.is_running:
+            log.warning("the cache was used before the worker forked; it starts again", extra={"pid": os.getpid()})
+            self.cache.release(0.5)
+
+    @property
+    def is_confined(self) -> bool:
+        """Return whether this process is a prefork MainProcess."""
+        return self._confined_pid == os.getpid()
+
+    def operator(self) -> CacheManager:
+        """Return a manager for one administrative act: no L1, no thread, and L2's errors are raised."""
+        return CacheManager(lambda: assemble(self.config, with_l1=False, strict=True), name=self.config.cache_namespace)
+
+    def _assemble(self) -> Parts:
+        return assemble(self.config, with_l1=not self.is_confined)
+
+    def _load(self) -> CacheConfig:
+        conf = self.app.conf
+        hide_passwords(conf)
+        own = {name: conf[name] for name in list(conf) if isinstance(name, str) and name.lower().startswith(PREFIX)}
+        sources = [("app.conf", own), *sources_from_celery(conf)]
+        namespace = re.sub(r"[^A-Za-z0-9_.:-]", "-", self.app.main or "").strip("_.:-")
+        if namespace:
+            sources.append(("the app's name", {"cache_namespace": namespace[:100]}))
+        return load_config(self.overrides, extra_sources=sources)
+
+
+def setup_cache(app: Celery, config: CacheConfig | None = None, **overrides: Any) -> CacheManager:
+    """Give *app* its cache, stored as ``app.mlcache``, and return it; every worker process gets its own.
+
+    Idempotent: called again without settings it returns what is there; with settings, it replaces them as long as
+    nothing in this process has used the cache. Opens nothing and starts nothing: prefork children and solo start at
+    ``worker_process_init``, the other pools at ``worker_ready``, everything else (producers, beat, shells, eager
+    tasks) at its first use.
+
+    Args:
+        app: The Celery app.
+        config: Finished settings; nothing else is read then.
+        **overrides: Fields of CacheConfig, before the environment, ``app.conf.mlcache_*`` and Celery's own Redis.
+
+    Raises:
+        ConfigurationError: Arguments or environment are wrong. ``app.conf`` is read when the worker starts (or at
+            the first use), and a worker whose settings are wrong does not start.
+    """
+    if config is not None and overrides:
+        raise ConfigurationError([f"setup_cache() takes a config or single settings, not both: {', '.join(overrides)}"])
+    if config is None:
+        with warnings.catch_warnings():
+            # Only for what raises: the final reading, with app.conf, is the one that warns.
+            warnings.simplefilter("ignore", ConfigurationWarning)
+            load_config(overrides)
+    return _enrol(app, config, overrides, is_implicit=False).cache
+
+
+def fleet_of(app: Any) -> Fleet:
+    """Return the app's fleet; a cached task whose app was never set up sets it up, from environment and app.conf."""
+    return find_fleet(app) or _enrol(app, None, {}, is_implicit=True)
+
+
+def find_fleet(app: Any) -> Fleet | None:
+    """Return the app's fleet if it has one."""
+    return getattr(_real(app), _ATTRIBUTE, None)
+
+
+def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *, is_implicit: bool) -> Fleet:
+    app = _real(app)
+    fleet = find_fleet(app)
+    if fleet is None:
+        fleet = Fleet(app, config, overrides)
+        setattr(app, _ATTRIBUTE, fleet)
+        app.mlcache = fleet.cache  # where users of a Celery extension look for it
+        app.on_after_configure.connect(_hide_when_configured, weak=False, dispatch_uid="mlcache.hide")
+        if getattr(app, "configured", False):
+            hide_passwords(app.conf)
+        lifecycle.connect(find_fleet)
+    elif (config is not None or overrides) and (config, dict(overrides)) != (fleet.given, fleet.overrides):
+        if fleet.cache.is_running:
+            raise ConfigurationError(["setup_cache() was called with other settings after the cache had been used"])
+        fleet.reconfigure(config, overrides)
+    fleet.is_implicit = fleet.is_implicit and is_implicit
+    return fleet
+
+
+def _real(app: Any) -> Celery:
+    """Look through ``current_app`` and other proxies: each app has one fleet."""
+    unwrap = getattr(app, "_get_current_object", None)
+    real: Celery = unwrap() if unwrap is not None else app
+    return real
+
+
+def _hide_when_configured(sender: Celery, **_: Any) -> None:
+    hide_passwords(sender.conf)
+
+
+def hide_passwords(conf: Any) -> None:
+    """Move passwords out of ``mlcache_*_url`` into ``mlcache_redis_password``, which Celery masks.
+
+    ``celery report``, ``inspect conf`` and Flower print every other setting as it is.
+    """
+    for name in URL_SETTINGS:
+        url = conf.get(name)
+        if not isinstance(url, str) or "@" not in url or ";" in url:
+            continue
+        parts = urlsplit(url)
+        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+        if password:
+            host = parts.netloc.rpartition("@")[2]
+            conf[name] = urlunsplit(parts._replace(netloc=f"{user}@{host}" if user else host))
+            if not conf.get(PASSWORD_SETTING):
+                conf[PASSWORD_SETTING] = unquote(password)

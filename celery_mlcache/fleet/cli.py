@@ -1,0 +1,71 @@
+"""``celery -A app mlcache ...``: does its work once, in Redis; the backplane reaches every process of the fleet.
+
+Celery imports this module for every one of its commands, so it imports little. Importing it also registers the
+remote-control commands, without which ``celery control`` would not know their names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+from celery.bin.base import CeleryCommand, handle_preload_options
+
+import celery_mlcache.fleet.control  # noqa: F401 - registers the commands
+
+if TYPE_CHECKING:
+    from celery_mlcache.fleet.app import Fleet
+
+UNAVAILABLE = 69  # sysexits.h EX_UNAVAILABLE, Celery's code for "no answer"
+
+
+@click.group(name="mlcache")
+def mlcache() -> None:
+    """Look after the multi-level cache of a fleet."""
+
+
+@mlcache.command(cls=CeleryCommand, context_settings={"ignore_unknown_options": False})
+@click.argument("keys", nargs=-1, metavar="KEY...")
+@click.option("--all", "is_all", is_flag=True, help="Everything in the app's namespace.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before --all.")
+@click.pass_context
+@handle_preload_options
+def invalidate(ctx: Any, keys: tuple[str, ...], *, is_all: bool, yes: bool) -> None:
+    """Remove KEYs, or everything, from L2 and from the L1 of every process.
+
+    Exit status: 0 done; 2 wrong arguments; 69 Redis did not answer, so nothing is certain.
+    """
+    if bool(keys) == is_all:
+        raise click.UsageError("give the keys to invalidate, or --all")
+    fleet = _fleet(ctx.obj.app)
+    from celery_mlcache.errors import CacheKeyError, ConfigurationError, RemoteStoreError  # noqa: PLC0415
+
+    try:
+        namespace = fleet.config.cache_namespace
+        if is_all and not yes:
+            click.confirm(f"Invalidate everything in {namespace!r}?", abort=True)
+        with fleet.operator() as cache:
+            if is_all:
+                cache.clear()
+                click.echo(f"everything in {namespace!r} is invalid, in L2 and in every L1")
+            else:
+                removed = cache.delete_many(keys)
+                click.echo(f"{removed} of {len(keys)} keys were in L2; every L1 follows")
+    except (CacheKeyError, ConfigurationError) as exc:
+        raise click.UsageError(str(exc)) from None
+    except RemoteStoreError as exc:
+        _fail(f"{exc}; the invalidation may or may not have happened")
+
+
+def _fleet(app: Any) -> Fleet:
+    fleet: Fleet | None = importlib.import_module("celery_mlcache.fleet.app").find_fleet(app)
+    if fleet is None:
+        raise click.UsageError(f"the app {app.main!r} has no cache: call setup_cache(app) in its module")
+    return fleet
+
+
+def _fail(why: str) -> NoReturn:
+    click.echo(f"Error: {why}", err=True)
+    sys.exit(UNAVAILABLE)
