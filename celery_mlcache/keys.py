@@ -44,7 +44,8 @@ def check_key(key: object) -> str:
         raise CacheKeyError(key, f"has {size} bytes of UTF-8; at most {MAX_KEY_BYTES} are allowed")
     if _CONTROL.search(key):
         raise CacheKeyError(key, "must not hold control characters")
-    return key
+    # A subclass may hash or compare as it likes, and would run its code inside the L1 engine.
+    return key if type(key) is str else str.__str__(key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,7 +161,8 @@ class CacheManager:
     def _reset(self) -> None:
         self._parts: Parts | None = None
         self._build_lock = threading.Lock()
-        self._lock = threading.Lock()
+        # Re-entrant: the collector may run a user's finalizer under it, and that may use the cache.
+        self._lock = threading.RLock()
         self._coherence = _unproven()
         self._front_get: Callable[[str], Entry | None] = _NO_FRONT.get
         self._l1_hits = 0
@@ -266,7 +267,7 @@ class CacheManager:
 
     def _get_slow(self, key: str, default: Any) -> Any:
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         value = self._look_local(parts, key)
         if value is MISS and parts.remote is not None:
             with self._tickets(parts, (key,)) as tickets:
@@ -280,7 +281,7 @@ class CacheManager:
     def exists(self, key: str) -> bool:
         """Return whether *key* has a live value; loads nothing into L1. Raises as :meth:`get`."""
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         if self._look_local(parts, key) is not MISS:
             return True
         snapshot = self._peek_remote(parts, key)
@@ -291,7 +292,7 @@ class CacheManager:
     def ttl(self, key: str) -> float | None:
         """Return the seconds of life that *key* has left (in L2, or in L1 where there is no L2), or None."""
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         if parts.remote is not None:
             snapshot = self._peek_remote(parts, key)
             return None if snapshot is None else snapshot.remaining
@@ -355,7 +356,7 @@ class CacheManager:
 
     def _get_or_set_slow(self, key: str, loader: Callable[[], Any], ttl: float | None, tags: Sequence[str]) -> Any:
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         life = self._life(parts, ttl)
         value = self._look_local(parts, key)
         if value is not MISS:
@@ -364,6 +365,8 @@ class CacheManager:
             return self._load(parts, loader)  # switched off: every loader runs
         flight, is_leader = parts.flights.board(key, self._is_current)
         if not is_leader:
+            if flight.result is None:
+                return self._load(parts, loader)  # the leader's result cannot be copied: no use in waiting in line
             parts.stats.coalesced += 1
             return _own_copy(flight.result)
         with flight, self._tickets(parts, (key,)) as tickets:
@@ -377,6 +380,7 @@ class CacheManager:
             loaded = self._load(parts, loader)
             draft = self._draft(parts, found, loaded, tags)
             if draft is None:
+                flight.land(None)
                 return loaded
             winner = self._fill(parts, [draft], life).get(key)
             flight.land(winner.shelved if winner is not None else draft.shelved)
@@ -582,7 +586,7 @@ class CacheManager:
         Raises as :meth:`set`.
         """
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         life = self._life(parts, ttl)
         tail = parts.codec.encode(key, value)
         try:
@@ -623,7 +627,7 @@ class CacheManager:
             RemoteStoreError: Only with ``strict``.
         """
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         life = self._life(parts, ttl)
         for name, number in (("delta", delta), ("initial", initial)):
             if type(number) is not int:
@@ -702,7 +706,7 @@ class CacheManager:
         Raises as :meth:`set`.
         """
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         life = self._life(parts, ttl)
         try:
             with self._writing(parts, (key,)) as (ticket,):
@@ -732,7 +736,7 @@ class CacheManager:
         Raises as :meth:`get_or_set`.
         """
         parts = self._parts or self._start()
-        check_key(key)
+        key = check_key(key)
         life = self._life(parts, ttl)
         with self._tickets(parts, (key,)) as tickets:
             before = self._observe(parts, tickets[0])
