@@ -31,6 +31,7 @@ from celery_mlcache.manager import CacheManager, Parts, Policy
 from celery_mlcache.remote import RedisRemote, Script, abandon_socket
 from celery_mlcache.singleflight import SingleFlight
 from celery_mlcache.stats import Stats
+from celery_mlcache.tier import Tier
 
 COMMANDS: Final = 2  # RESP versions: commands need no HELLO,
 PUSHES: Final = 3  # and the backplane needs pushes and replies on one connection
@@ -73,7 +74,6 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
     has_l1 = config.cache_enabled and config.l1_enabled and with_l1
     has_l2 = config.cache_enabled and config.l2_enabled
     is_synced = has_l1 and has_l2 and config.cache_sync_enabled
-    keys = tuple(key.get_secret_value().encode() for key in config.signing_keys)
     breaker = remote = backplane = abandon = None
     if has_l2:
         names = RedisNames(config.cache_namespace, config.redis_location().db)
@@ -101,22 +101,25 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
                 overdue=max(config.staleness_bound, LOST_PROOF),
             )
         abandon = _abandoner(remote, backplane)
+    coherence = Coherence(
+        delta=config.staleness_bound if is_synced else inf, tombstone_ttl=config.tombstone_ttl, synced=is_synced
+    )
+    tier = Tier(
+        coherence,
+        Local(config.l1_backend, config.l1_max_size) if has_l1 else None,
+        stats,
+        namespace=config.cache_namespace,
+        l1_ttl=config.l1_ttl,
+        max_stale=config.max_stale if config.on_disconnect == "serve" else 0.0,
+        clock=clock,
+        on_alive=breaker.proof_of_life if breaker is not None else None,
+    )
     return Parts(
         policy=_policy(config, strict=strict),
-        codec=Codec(
-            serializer=config.serializer,
-            signing_keys=keys,
-            compression=config.compression,
-            compression_threshold=config.compression_threshold,
-            max_value_size=config.max_value_size,
-            copy_values=config.l1_copy,
-        ),
-        coherence=Coherence(
-            delta=config.staleness_bound if is_synced else inf, tombstone_ttl=config.tombstone_ttl, synced=is_synced
-        ),
+        codec=_codec(config),
+        tier=tier,
         flights=SingleFlight(max_wait=config.single_flight_wait, clock=clock),
         stats=stats,
-        local=Local(config.l1_backend, config.l1_max_size) if has_l1 else None,
         remote=remote,
         backplane=backplane,
         breaker=breaker,
@@ -124,15 +127,23 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
     )
 
 
+def _codec(config: CacheConfig) -> Codec:
+    return Codec(
+        serializer=config.serializer,
+        signing_keys=tuple(key.get_secret_value().encode() for key in config.signing_keys),
+        compression=config.compression,
+        compression_threshold=config.compression_threshold,
+        max_value_size=config.max_value_size,
+        copy_values=config.l1_copy,
+    )
+
+
 def _policy(config: CacheConfig, *, strict: bool) -> Policy:
     return Policy(
         namespace=config.cache_namespace,
-        l1_ttl=config.l1_ttl,
         l2_ttl=config.l2_ttl,
         ttl_jitter=config.ttl_jitter,
         tombstone_ttl=config.tombstone_ttl,
-        on_disconnect=config.on_disconnect,
-        max_stale=config.max_stale,
         is_signed=bool(config.signing_keys),
         strict=strict or config.strict,
     )

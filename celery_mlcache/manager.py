@@ -3,14 +3,12 @@
 How a look-up flows::
 
     get(key) ── lease and front ──▶ value                            L1, one frame, no lock
-        └── _get_slow ── engine ──▶ value                            L1, under the lock
+        └── _get_slow ── tier.look ──▶ value                         L1, under its lock
                └── _fetch ── open a ticket, read L2 ──▶ value        L2, one round trip
                       ├── the ticket still admits it? keep a copy
                       └── MISS ──▶ default, or the loader (get_or_set) and a fenced fill
 
-Every decision about truth is :class:`~celery_mlcache.coherence.Coherence`'s; this file asks it and moves values.
-One lock joins what must be one step: a decision and the L1 change that follows from it, against the backplane's
-thread. No I/O, no codec, no user code and no log call runs under it.
+Whether a copy is true is :class:`~celery_mlcache.tier.Tier`'s to decide; this file asks it and moves values.
 """
 
 from __future__ import annotations
@@ -22,15 +20,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from celery_mlcache.backplane import Backplane
 from celery_mlcache.breaker import CircuitBreaker
-from celery_mlcache.coherence import Act, Coherence, Ticket
+from celery_mlcache.coherence import Coherence, Ticket
 from celery_mlcache.entry import MISS, Entry
 from celery_mlcache.errors import (
     CacheClosedError,
@@ -40,13 +37,14 @@ from celery_mlcache.errors import (
     SerializationError,
 )
 from celery_mlcache.keys import check_key, format_token, parse_token
-from celery_mlcache.local import Local
-from celery_mlcache.protocols import Filled, Pulse, RemoteStore, Snapshot, ValueCodec
+from celery_mlcache.protocols import Filled, RemoteStore, Snapshot, ValueCodec
 from celery_mlcache.singleflight import Flight, SingleFlight
 from celery_mlcache.stats import Stats
-from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER, Message
+from celery_mlcache.tier import Shelved, Tier
+from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER
 
 T = TypeVar("T")
+_Call = tuple[Callable[[], Any], float, Sequence[str]]  # loader, seconds of life, tags
 
 BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
 MAX_CAS_TRIES: Final = 100
@@ -60,12 +58,9 @@ class Policy:
     """The settings that the manager itself decides by; all times in seconds."""
 
     namespace: str
-    l1_ttl: float = 300.0
     l2_ttl: float = 3600.0
     ttl_jitter: float = 0.0
     tombstone_ttl: float = 60.0
-    on_disconnect: Literal["bypass", "serve"] = "bypass"
-    max_stale: float = 30.0
     is_signed: bool = False
     strict: bool = False
 
@@ -76,10 +71,9 @@ class Parts:
 
     policy: Policy
     codec: ValueCodec
-    coherence: Coherence
+    tier: Tier
     flights: SingleFlight
     stats: Stats
-    local: Local | None = None
     remote: RemoteStore | None = None
     backplane: Backplane | None = None
     breaker: CircuitBreaker | None = None
@@ -89,12 +83,16 @@ class Parts:
 class _Lead:
     """What a flight's leader has seen so far: newcomers judge by it whether they may share its answer."""
 
-    __slots__ = ("barrier", "ticket", "token")
+    __slots__ = ("barrier", "ticket", "tier", "token")
 
-    def __init__(self, ticket: Ticket, barrier: int) -> None:
+    def __init__(self, tier: Tier, ticket: Ticket) -> None:
+        self.tier = tier
         self.ticket = ticket
-        self.barrier = barrier
+        self.barrier = tier.coherence.required
         self.token = 0
+
+    def is_current(self) -> bool:
+        return self.tier.is_current(self.ticket, self.token, self.barrier)
 
 
 @dataclass(slots=True)
@@ -104,7 +102,7 @@ class _Found:
     ticket: Ticket
     taken_at: float  # monotonic, before the question left
     value: Any = MISS
-    shelved: tuple[Any, Callable[[Any], Any] | None] = (None, None)
+    shelved: Shelved = (None, None)
     token: int = 0
     stamp: int = 0
     is_unreadable: bool = False
@@ -117,7 +115,7 @@ class _Draft:
 
     found: _Found
     tail: bytes
-    shelved: tuple[Any, Callable[[Any], Any] | None]
+    shelved: Shelved
 
 
 class CacheManager:
@@ -161,13 +159,9 @@ class CacheManager:
     def _reset(self) -> None:
         self._parts: Parts | None = None
         self._build_lock = threading.Lock()
-        # Re-entrant: the collector may run a user's finalizer under it, and that may use the cache.
-        self._lock = threading.RLock()
         self._coherence = _unproven()
         self._front_get: Callable[[str], Entry | None] = _NO_FRONT.get
         self._l1_hits = 0
-        self._clock_offset: float | None = None
-        self._state = "starting"
 
     def _forked(self) -> None:
         """Runs in the child, inside fork: drops references and builds nothing, for any inherited lock may be held.
@@ -190,12 +184,12 @@ class CacheManager:
                 if inherited.abandon is not None:
                     inherited.abandon()
             self._name = parts.policy.namespace
-            self._coherence = parts.coherence
-            if parts.local is not None:
-                self._front_get = parts.local.front_get
+            self._coherence = parts.tier.coherence
+            if parts.tier.local is not None:
+                self._front_get = parts.tier.local.front_get
             self._parts = parts
             if parts.backplane is not None:
-                parts.backplane.start(self)
+                parts.backplane.start(parts.tier)
             return parts
 
     def warm(self) -> None:
@@ -268,9 +262,9 @@ class CacheManager:
     def _get_slow(self, key: str, default: Any) -> Any:
         parts = self._parts or self._start()
         key = check_key(key)
-        value = self._look_local(parts, key)
+        value = parts.tier.look(key)
         if value is MISS and parts.remote is not None:
-            with self._tickets(parts, (key,)) as tickets:
+            with parts.tier.tickets((key,)) as tickets:
                 value = self._fetch(parts, parts.remote, tickets)[0].value
                 parts.stats.l2_hits += value is not MISS
         if value is not MISS:
@@ -282,7 +276,7 @@ class CacheManager:
         """Return whether *key* has a live value; loads nothing into L1. Raises as :meth:`get`."""
         parts = self._parts or self._start()
         key = check_key(key)
-        if self._look_local(parts, key) is not MISS:
+        if parts.tier.look(key) is not MISS:
             return True
         snapshot = self._peek_remote(parts, key)
         return snapshot is not None and snapshot.data is not None
@@ -296,7 +290,7 @@ class CacheManager:
         if parts.remote is not None:
             snapshot = self._peek_remote(parts, key)
             return None if snapshot is None else snapshot.remaining
-        entry = self._live_local(parts, key)
+        entry = parts.tier.live(key)
         return None if entry is None else entry.deadline - self._clock()
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
@@ -308,7 +302,7 @@ class CacheManager:
         found, missing = self._look_many(parts, keys)
         if missing and parts.remote is not None:
             for batch in _batches(missing):
-                with self._tickets(parts, batch) as tickets:
+                with parts.tier.tickets(batch) as tickets:
                     for ticket, seen in zip(tickets, self._fetch(parts, parts.remote, tickets), strict=True):
                         if seen.value is not MISS:
                             found[ticket.key] = seen.value
@@ -358,33 +352,39 @@ class CacheManager:
         parts = self._parts or self._start()
         key = check_key(key)
         life = self._life(parts, ttl)
-        value = self._look_local(parts, key)
+        value = parts.tier.look(key)
         if value is not MISS:
             return value
-        if parts.remote is None and parts.local is None:
+        if parts.remote is None and parts.tier.local is None:
             return self._load(parts, loader)  # switched off: every loader runs
-        flight, is_leader = parts.flights.board(key, self._is_current)
+        flight, is_leader = parts.flights.board(key, _is_current)
         if not is_leader:
             if flight.result is None:
                 return self._load(parts, loader)  # the leader's result cannot be copied: no use in waiting in line
             parts.stats.coalesced += 1
             return _own_copy(flight.result)
-        with flight, self._tickets(parts, (key,)) as tickets:
-            flight.ticket = lead = _Lead(tickets[0], parts.coherence.required)
-            found = self._find(parts, lead)
-            if found.value is not MISS:
-                parts.stats.l2_hits += 1
-                flight.land(found.shelved)
-                return found.value
-            parts.stats.misses += 1
-            loaded = self._load(parts, loader)
-            draft = self._draft(parts, found, loaded, tags)
-            if draft is None:
-                flight.land(None)
-                return loaded
-            winner = self._fill(parts, [draft], life).get(key)
-            flight.land(winner.shelved if winner is not None else draft.shelved)
-            return winner.value if winner is not None else loaded
+        with flight, parts.tier.tickets((key,)) as tickets:
+            return self._lead(parts, flight, _Lead(parts.tier, tickets[0]), (loader, life, tags))
+
+    def _lead(self, parts: Parts, flight: Flight, lead: _Lead, call: _Call) -> Any:
+        """Find or load for everybody who follows this flight."""
+        loader, life, tags = call
+        flight.ticket = lead
+        (found,) = self._find_many(parts, [lead.ticket])
+        lead.token = found.token
+        if found.value is not MISS:
+            parts.stats.l2_hits += parts.remote is not None
+            flight.land(found.shelved)
+            return found.value
+        parts.stats.misses += 1
+        loaded = self._load(parts, loader)
+        draft = self._draft(parts, found, loaded, tags)
+        if draft is None:
+            flight.land(None)
+            return loaded
+        winner = self._fill(parts, [draft], life).get(lead.ticket.key)
+        flight.land(draft.shelved if winner is None else winner.shelved)
+        return loaded if winner is None else winner.value
 
     def get_or_set_many(
         self,
@@ -405,7 +405,7 @@ class CacheManager:
         found, missing = self._look_many(parts, keys)
         if not missing:
             return found
-        with self._tickets(parts, missing) as tickets:
+        with parts.tier.tickets(missing) as tickets:
             absent = []
             for seen in self._find_many(parts, tickets):
                 if seen.value is MISS:
@@ -427,18 +427,6 @@ class CacheManager:
                     found[key] = winner.value
         return found
 
-    def _is_current(self, flight: Flight) -> bool:
-        lead = flight.ticket
-        if not isinstance(lead, _Lead):
-            return True  # it has not read anything yet
-        with self._lock:
-            return self._coherence.is_current(lead.ticket, lead.token, lead.barrier)
-
-    def _find(self, parts: Parts, lead: _Lead) -> _Found:
-        found = self._find_many(parts, [lead.ticket])[0]
-        lead.token = found.token
-        return found
-
     def _find_many(self, parts: Parts, tickets: Sequence[Ticket]) -> list[_Found]:
         if parts.remote is not None:
             return [found for batch in _batches(tickets) for found in self._fetch(parts, parts.remote, list(batch))]
@@ -446,9 +434,10 @@ class CacheManager:
 
     def _find_local(self, parts: Parts, ticket: Ticket) -> _Found:
         """Look again now that the ticket is open: another flight may have landed since the miss."""
-        found = _Found(ticket, self._clock(), token=parts.coherence.highest)
-        entry = self._live_local(parts, ticket.key)
+        found = _Found(ticket, self._clock(), token=parts.tier.highest_stamp())
+        entry = parts.tier.live(ticket.key)
         if entry is not None:
+            parts.stats.l1_hits += 1
             found.value, found.shelved = entry.read(), (entry.value, entry.thaw)
         return found
 
@@ -479,23 +468,24 @@ class CacheManager:
     def _fill(self, parts: Parts, drafts: Sequence[_Draft], life: float) -> dict[str, _Found]:
         """Store by fenced adds; return the live values that were there already, by key."""
         fenced: list[tuple[_Draft, int]] = []
-        with self._lock:
-            for draft in drafts:
-                found = draft.found
-                if parts.remote is None:
-                    token: int | None = found.token if parts.coherence.admits(found.ticket, found.token) else None
-                elif found.is_unanswered:
-                    token = None  # L2 did not answer the read: nothing to fence with
-                else:
-                    token = parts.coherence.fence(found.ticket, found.token, found.taken_at, self._clock())
-                if token is None:
-                    parts.stats.fills_refused += 1
-                else:
-                    fenced.append((draft, token))
+        for draft in drafts:
+            token = self._fence(parts, draft.found)
+            if token is None:
+                parts.stats.fills_refused += 1
+            else:
+                fenced.append((draft, token))
         winners: dict[str, _Found] = {}
         for batch in _batches(fenced):
             winners |= self._fill_batch(parts, batch, life)
         return winners
+
+    def _fence(self, parts: Parts, found: _Found) -> int | None:
+        """Return the stamp that a store after *found* may be fenced with, or None."""
+        if found.is_unanswered:
+            return None  # L2 did not answer the read
+        if parts.remote is None:
+            return found.token if parts.tier.admits(found.ticket, found.token) else None
+        return parts.tier.fence(found.ticket, found.token, found.taken_at)
 
     def _fill_batch(self, parts: Parts, batch: Sequence[tuple[_Draft, int]], life: float) -> dict[str, _Found]:
         sent_at = self._clock()
@@ -517,7 +507,7 @@ class CacheManager:
         for (draft, token), outcome in zip(batch, outcomes, strict=True):
             if outcome.is_stored:
                 parts.stats.fills += 1
-                self._keep(parts, draft.found.ticket, token, draft.shelved, (sent_at, life))
+                parts.tier.keep(draft.found.ticket, token, draft.shelved, (sent_at, life))
             elif outcome.winner is not None:
                 parts.stats.fills_lost += 1
                 winner = self._take(parts, draft.found.ticket, outcome.winner, sent_at)
@@ -565,20 +555,20 @@ class CacheManager:
         for batch in _batches(range(len(items))):
             lot = [(tails[i][0], tails[i][1], life) for i in batch]
             try:
-                with self._writing(parts, [key for key, _, _ in lot]) as tickets:
+                with parts.tier.writing([key for key, _, _ in lot]) as tickets:
                     sent_at = self._clock()
                     if parts.remote is not None:
-                        stamp = parts.remote.write(lot, seen=parts.coherence.highest)
+                        stamp = parts.remote.write(lot, seen=parts.tier.highest_stamp())
                     else:
-                        stamp = self._local_stamp(parts)
+                        stamp = parts.tier.own_stamp()
                     for ticket, i in zip(tickets, batch, strict=True):
-                        self._keep(parts, ticket, stamp, shelved[i], (sent_at, life))
+                        parts.tier.keep(ticket, stamp, shelved[i], (sent_at, life))
             except RemoteStoreError as exc:
                 self._dropped(parts, exc, len(lot))
                 is_stored = False
             else:
                 parts.stats.writes += len(lot)
-        return is_stored and (parts.remote is not None or parts.local is not None)
+        return is_stored and (parts.remote is not None or parts.tier.local is not None)
 
     def add(self, key: str, value: Any, ttl: float | None = None) -> bool:
         """Store *value* only if *key* has no live value, atomically in L2; return whether it was stored.
@@ -590,17 +580,17 @@ class CacheManager:
         life = self._life(parts, ttl)
         tail = parts.codec.encode(key, value)
         try:
-            with self._writing(parts, (key,)) as (ticket,):
+            with parts.tier.writing((key,)) as (ticket,):
                 sent_at = self._clock()
                 if parts.remote is not None:
-                    stamp = parts.remote.add(key, tail, life, seen=parts.coherence.highest)
+                    stamp = parts.remote.add(key, tail, life, seen=parts.tier.highest_stamp())
                 else:
-                    is_free = self._live_local(parts, key) is None and parts.local is not None
-                    stamp = self._local_stamp(parts) if is_free else None
+                    is_free = parts.tier.live(key) is None and parts.tier.local is not None
+                    stamp = parts.tier.own_stamp() if is_free else None
                 if stamp is None:
                     return False
                 parts.stats.writes += 1
-                self._keep(parts, ticket, stamp, parts.codec.shelve(key, value, tail), (sent_at, life))
+                parts.tier.keep(ticket, stamp, parts.codec.shelve(key, value, tail), (sent_at, life))
                 return True
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
@@ -636,7 +626,7 @@ class CacheManager:
         fresh = _checked_sum(key, initial, delta)
         _checked_sum(key, 0, delta)
         try:
-            with self._writing(parts, (key,)) as (ticket,):
+            with parts.tier.writing((key,)) as (ticket,):
                 sent_at = self._clock()
                 if parts.remote is None:
                     stamp, number, remaining = self._increment_local(parts, key, delta, fresh, life)
@@ -647,10 +637,10 @@ class CacheManager:
                         key,
                         delta,
                         initial=(fresh, parts.codec.encode(key, fresh), life),
-                        seen=parts.coherence.highest,
+                        seen=parts.tier.highest_stamp(),
                     )
                 parts.stats.writes += 1
-                self._keep(parts, ticket, stamp, (number, None), (sent_at, remaining))
+                parts.tier.keep(ticket, stamp, (number, None), (sent_at, remaining))
                 return number
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
@@ -664,13 +654,13 @@ class CacheManager:
         return self.incr(key, -delta, initial=initial, ttl=ttl)
 
     def _increment_local(self, parts: Parts, key: str, delta: int, fresh: int, life: float) -> tuple[int, int, float]:
-        entry = self._live_local(parts, key)
+        entry = parts.tier.live(key)
         if entry is None:
-            return self._local_stamp(parts), fresh, life
+            return parts.tier.own_stamp(), fresh, life
         value = entry.read()
         if type(value) is not int:
             raise NotAnIntegerError(key, "holds something that is not an integer")
-        return self._local_stamp(parts), _checked_sum(key, value, delta), entry.deadline - self._clock()
+        return parts.tier.own_stamp(), _checked_sum(key, value, delta), entry.deadline - self._clock()
 
     def _increment_signed(
         self, parts: Parts, remote: RemoteStore, key: str, step: tuple[int, int, float]
@@ -678,7 +668,7 @@ class CacheManager:
         """Compare and set: Lua cannot sign. Every round, one of the contenders gets through."""
         delta, fresh, life = step
         for _ in range(MAX_CAS_TRIES):
-            (snapshot,) = remote.read((key,), seen=parts.coherence.highest)
+            (snapshot,) = remote.read((key,), seen=parts.tier.highest_stamp())
             number, remaining = fresh, None
             if snapshot.data is not None:
                 try:
@@ -694,7 +684,7 @@ class CacheManager:
                 parts.codec.encode(key, number),
                 expected=snapshot.stamp,
                 ttl=life if remaining is None else None,
-                seen=parts.coherence.highest,
+                seen=parts.tier.highest_stamp(),
             )
             if stamp is not None:
                 return stamp, number, life if remaining is None else remaining
@@ -709,24 +699,24 @@ class CacheManager:
         key = check_key(key)
         life = self._life(parts, ttl)
         try:
-            with self._writing(parts, (key,)) as (ticket,):
+            with parts.tier.writing((key,)) as (ticket,):
                 if parts.remote is None:
                     return self._touch_local(parts, ticket, life)
-                stamp = parts.remote.touch(key, life, seen=parts.coherence.highest)
+                stamp = parts.remote.touch(key, life, seen=parts.tier.highest_stamp())
                 if stamp is None:
                     return False
                 parts.stats.writes += 1
-                self._forget(parts, (ticket,), stamp)
+                parts.tier.forget((ticket,), stamp)
                 return True
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
             return False
 
     def _touch_local(self, parts: Parts, ticket: Ticket, life: float) -> bool:
-        entry = self._live_local(parts, ticket.key)
+        entry = parts.tier.live(ticket.key)
         if entry is None:
             return False
-        self._keep(parts, ticket, self._local_stamp(parts), (entry.value, entry.thaw), (self._clock(), life))
+        parts.tier.keep(ticket, parts.tier.own_stamp(), (entry.value, entry.thaw), (self._clock(), life))
         return True
 
     def refresh(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: Sequence[str] = ()) -> T:
@@ -738,7 +728,7 @@ class CacheManager:
         parts = self._parts or self._start()
         key = check_key(key)
         life = self._life(parts, ttl)
-        with self._tickets(parts, (key,)) as tickets:
+        with parts.tier.tickets((key,)) as tickets:
             before = self._observe(parts, tickets[0])
             value = self._load(parts, loader)
             draft = self._draft(parts, before, value, tags)
@@ -748,7 +738,7 @@ class CacheManager:
 
     def _observe(self, parts: Parts, ticket: Ticket) -> _Found:
         """Note what the key is before a loader runs, taking no copy."""
-        found = _Found(ticket, self._clock(), token=parts.coherence.highest)
+        found = _Found(ticket, self._clock(), token=parts.tier.highest_stamp())
         if parts.remote is not None:
             snapshot = self._peek_remote(parts, ticket.key)
             if snapshot is None:
@@ -760,22 +750,19 @@ class CacheManager:
     def _swap(self, parts: Parts, draft: _Draft, life: float) -> None:
         """Store by compare and set, if no one has written or removed the key since it was observed."""
         found, sent_at = draft.found, self._clock()
-        with self._lock:
-            token = parts.coherence.fence(found.ticket, found.token, found.taken_at, sent_at)
-            is_fenced = parts.coherence.admits(found.ticket, found.token) if parts.remote is None else token is not None
         stamp: int | None = None
-        if is_fenced and not found.is_unanswered:
+        if self._fence(parts, found) is not None:
             try:
-                with self._writing(parts, (found.ticket.key,)):
+                with parts.tier.writing((found.ticket.key,)):
                     if parts.remote is None:
-                        stamp = self._local_stamp(parts)
+                        stamp = parts.tier.own_stamp()
                     else:
                         stamp = parts.remote.replace(
                             found.ticket.key,
                             draft.tail,
                             expected=found.stamp,
                             ttl=life,
-                            seen=parts.coherence.highest,
+                            seen=parts.tier.highest_stamp(),
                         )
             except RemoteStoreError as exc:
                 self._dropped(parts, exc)
@@ -784,7 +771,7 @@ class CacheManager:
             parts.stats.fills_refused += 1
             return
         parts.stats.fills += 1
-        self._keep(parts, found.ticket, stamp, draft.shelved, (sent_at, life))
+        parts.tier.keep(found.ticket, stamp, draft.shelved, (sent_at, life))
 
     def delete(self, key: str) -> bool:
         """Remove *key* from every level and every process; return whether L2 (or else L1) had a live value.
@@ -802,14 +789,14 @@ class CacheManager:
         removed = 0
         for batch in _batches(list(dict.fromkeys(check_key(key) for key in keys))):
             try:
-                with self._writing(parts, batch) as tickets:
+                with parts.tier.writing(batch) as tickets:
                     if parts.remote is not None:
                         tombstone = parts.policy.tombstone_ttl
-                        stamp, count = parts.remote.delete(batch, tombstone=tombstone, seen=parts.coherence.highest)
+                        stamp, count = parts.remote.delete(batch, tombstone=tombstone, seen=parts.tier.highest_stamp())
                     else:
-                        count = sum(self._live_local(parts, key) is not None for key in batch)
-                        stamp = self._local_stamp(parts)
-                    self._forget(parts, tickets, stamp)
+                        count = sum(parts.tier.live(key) is not None for key in batch)
+                        stamp = parts.tier.own_stamp()
+                    parts.tier.forget(tickets, stamp)
             except RemoteStoreError as exc:
                 self._dropped(parts, exc, len(batch))
             else:
@@ -826,34 +813,28 @@ class CacheManager:
             RemoteStoreError: Only with ``strict``.
         """
         parts = self._parts or self._start()
-        is_told = parts.remote is None
+        parts.stats.flushes += 1
         try:
-            if parts.remote is not None:
-                floor = parts.remote.clear(seen=parts.coherence.highest)
-                is_told = True
-            else:
-                floor = self._local_stamp(parts)
+            floor = parts.tier.own_stamp() if parts.remote is None else self._clear_remote(parts, parts.remote)
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
-        finally:
-            with self._lock:
-                if is_told:
-                    parts.coherence.flushed(floor)
-                    if parts.local is not None:
-                        parts.local.void_below(floor)
-                else:  # it may happen yet, or not at all: this process at least starts again
-                    parts.coherence.void()
-                    if parts.local is not None:
-                        parts.local.void(parts.coherence.epoch)
-        parts.stats.flushes += 1
-        return is_told
+            return False
+        parts.tier.flush(floor)
+        return True
+
+    def _clear_remote(self, parts: Parts, remote: RemoteStore) -> int:
+        try:
+            return remote.clear(seen=parts.tier.highest_stamp())
+        except BaseException:
+            parts.tier.void()  # it may happen yet, or not at all
+            raise
 
     # ---- causality and state --------------------------------------------------------------------------------
 
     def token(self) -> str:
         """Return the causal token of all that this process has written, applied or read so far."""
         parts = self._parts or self._start()
-        return format_token(parts.policy.namespace, parts.coherence.seen)
+        return format_token(parts.policy.namespace, parts.tier.coherence.seen)
 
     def barrier(self, token: str) -> None:
         """See to it that no later read here is older than what the sender of *token* had seen; never waits.
@@ -865,10 +846,7 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         stamp = parse_token(token, parts.policy.namespace)
-        with self._lock:
-            act = parts.coherence.barrier(stamp, self._clock())
-            self._apply(parts, act)
-        if act.ask and parts.backplane is not None:
+        if parts.tier.barrier(stamp) and parts.backplane is not None:
             parts.backplane.ask_soon()
 
     def count_bypass(self) -> None:
@@ -896,143 +874,24 @@ class CacheManager:
         found["l1_hits"] += self._l1_hits
         count, total, longest = (found.pop(name) for name in ("lag_count", "lag_sum", "lag_max"))
         found["invalidation_lag"] = {"count": count, "mean": total / count if count else 0.0, "max": longest}
+        local = None if parts is None else parts.tier.local
         is_held = parts is not None and self._clock() < self._coherence.lease_until
         return found | {
             "namespace": self._name,
             "pid": os.getpid(),
-            "l1_entries": parts.local.count() if parts is not None and parts.local is not None else 0,
-            "l1_engine": parts.local.engine if parts is not None and parts.local is not None else None,
+            "l1_entries": local.count() if local is not None else 0,
+            "l1_engine": local.engine if local is not None else None,
             "lease": "held" if is_held else "lapsed",
-            "backplane": self._state if parts is not None and parts.backplane is not None else "off",
+            "backplane": parts.tier.backplane_state if parts is not None and parts.backplane is not None else "off",
             "circuit": parts.breaker.state if parts is not None and parts.breaker is not None else "off",
         }
 
-    # ---- what the backplane tells (its thread) --------------------------------------------------------------
-
-    def highest_stamp(self) -> int:
-        """Return the highest stamp known here; for the backplane."""
-        return self._coherence.highest
-
-    def on_subscribed(self) -> None:
-        """Count the subscription; only a heartbeat proves it."""
-        parts = self._parts
-        if parts is not None:
-            parts.stats.subscriptions += 1
-
-    def on_message(self, message: Message | None) -> bool:
-        """Apply one message; False asks for a heartbeat at once."""
-        parts = self._parts
-        if parts is None:
-            return True
-        with self._lock:
-            act = parts.coherence.observe(message)
-            self._apply(parts, act)
-        parts.stats.messages += 1
-        if message is None:
-            parts.stats.message_garbage += 1
-        elif self._clock_offset is not None:
-            parts.stats.add_lag(max(0.0, self._clock() + self._clock_offset - message.server_time))
-        return not act.ask
-
-    def on_pulse(self, pulse: Pulse) -> None:
-        """Renew the lease."""
-        parts = self._parts
-        if parts is None:
-            return
-        with self._lock:
-            act = parts.coherence.prove(pulse)
-            self._apply(parts, act)
-        # Half a round trip is the error; the server's clock itself never enters a decision.
-        self._clock_offset = pulse.server_time - (pulse.sent_at + pulse.received_at) / 2
-        if parts.breaker is not None:
-            parts.breaker.proof_of_life()
-        if self._state != "up":
-            self._state = "up"
-            log.info("backplane up", extra={"namespace": self._name, "stamp": pulse.stamp})
-
-    def on_lost(self, why: str) -> None:
-        """End the lease."""
-        parts = self._parts
-        if parts is None:
-            return
-        with self._lock:
-            parts.coherence.lose()
-        if self._state == "up":
-            parts.stats.subscription_losses += 1
-        if self._state != "down":
-            self._state = "down"
-            log.warning("backplane down", extra={"namespace": self._name, "why": why})
-
     # ---- inside ---------------------------------------------------------------------------------------------
-
-    def _apply(self, parts: Parts, act: Act) -> None:
-        """Do to L1 what coherence decided; under the lock."""
-        if act.void:
-            parts.stats.add_gap(act.void)
-        local = parts.local
-        if local is None:
-            return
-        if act.void:
-            local.void(parts.coherence.epoch)
-        if act.is_flush:
-            parts.stats.flushes += 1
-            local.void_below(act.stamp)
-        for key in act.keys:
-            local.discard_older(key, act.stamp)
 
     def _life(self, parts: Parts, ttl: float | None) -> float:
         life = parts.policy.l2_ttl if ttl is None else check_ttl(ttl)
         jitter = parts.policy.ttl_jitter
         return life * (1 - jitter * self._rng()) if jitter else life
-
-    @contextmanager
-    def _tickets(self, parts: Parts, keys: Sequence[str]) -> Iterator[list[Ticket]]:
-        """Hold a ticket for each key: opened before anything is sent, closed however the operation ends."""
-        coherence = parts.coherence
-        with self._lock:
-            tickets = [coherence.open(key) for key in keys]
-        try:
-            yield tickets
-        finally:
-            with self._lock:
-                for ticket in tickets:
-                    coherence.close(ticket)
-
-    @contextmanager
-    def _writing(self, parts: Parts, keys: Sequence[str]) -> Iterator[list[Ticket]]:
-        """Hold tickets round a write; if it fails in any way it may have happened: forget the copies."""
-        with self._tickets(parts, keys) as tickets:
-            try:
-                yield tickets
-            except BaseException:
-                with self._lock:
-                    for ticket in tickets:
-                        parts.coherence.cancel(ticket)
-                        if parts.local is not None:
-                            parts.local.discard(ticket.key)
-                raise
-
-    def _look_local(self, parts: Parts, key: str) -> Any:
-        """Return what L1 may answer beyond the front, or MISS."""
-        local, coherence, policy = parts.local, parts.coherence, parts.policy
-        if local is None:
-            return MISS
-        is_stale = False
-        with self._lock:
-            # The clock last: a pause after it can only make the answer as old as the pause.
-            now = self._clock()
-            if now < coherence.lease_until:
-                entry = local.promote(key)
-            elif policy.on_disconnect == "serve" and coherence.may_serve(now, policy.max_stale):
-                entry, is_stale = local.peek(key), True
-            else:
-                parts.stats.bypassed += 1
-                return MISS
-        if entry is None or now >= entry.deadline:
-            return MISS
-        parts.stats.l1_hits += 1
-        parts.stats.stale_served += is_stale
-        return entry.read()
 
     def _look_many(self, parts: Parts, keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
         found: dict[str, Any] = {}
@@ -1045,32 +904,18 @@ class CacheManager:
                 self._l1_hits += 1
                 found[key] = entry.read()
                 continue
-            value = self._look_local(parts, key)
+            value = parts.tier.look(key)
             if value is MISS:
                 missing.append(key)
             else:
                 found[key] = value
         return found, missing
 
-    def _live_local(self, parts: Parts, key: str) -> Entry | None:
-        """L1's entry where L1 is all there is."""
-        if parts.local is None:
-            return None
-        with self._lock:
-            entry = parts.local.peek(key)
-        return entry if entry is not None and self._clock() < entry.deadline else None
-
-    def _local_stamp(self, parts: Parts) -> int:
-        """Take a stamp where there is no Redis to take it from."""
-        with self._lock:
-            parts.coherence.note(parts.coherence.highest + 1)
-            return parts.coherence.highest
-
     def _peek_remote(self, parts: Parts, key: str) -> Snapshot | None:
         if parts.remote is None:
             return None
         try:
-            return parts.remote.read((key,), seen=parts.coherence.highest)[0]
+            return parts.remote.read((key,), seen=parts.tier.highest_stamp())[0]
         except RemoteStoreError as exc:
             self._failed(parts, exc)
             return None
@@ -1079,7 +924,7 @@ class CacheManager:
         """Read L2 in one round trip, and keep copies of what the tickets still admit."""
         sent_at = self._clock()
         try:
-            snapshots = remote.read([ticket.key for ticket in tickets], seen=parts.coherence.highest)
+            snapshots = remote.read([ticket.key for ticket in tickets], seen=parts.tier.highest_stamp())
         except RemoteStoreError as exc:
             self._failed(parts, exc)
             return [_Found(ticket, sent_at, is_unanswered=True) for ticket in tickets]
@@ -1098,42 +943,10 @@ class CacheManager:
             else:
                 found.shelved = parts.codec.shelve_decoded(ticket.key, decoded, snapshot.data[HEAD_SIZE:])
                 found.value = decoded.value
-                self._keep(parts, ticket, snapshot.stamp, found.shelved, (sent_at, snapshot.remaining))
+                parts.tier.keep(ticket, snapshot.stamp, found.shelved, (sent_at, snapshot.remaining))
                 return found
-        with self._lock:
-            parts.coherence.note(snapshot.token)
-            if parts.local is not None:
-                # L2 has nothing (or nothing readable): a copy from before that instant must not answer later.
-                parts.local.discard_older(ticket.key, snapshot.token + 1)
+        parts.tier.missed(ticket, snapshot.token)
         return found
-
-    def _keep(
-        self, parts: Parts, ticket: Ticket, stamp: int, shelved: tuple[Any, Any], life: tuple[float, float]
-    ) -> None:
-        """Put a copy into L1 if nothing newer has passed; *life* is (monotonic start, seconds in L2)."""
-        sent_at, remaining = life
-        value, thaw = shelved
-        deadline = sent_at + min(remaining, parts.policy.l1_ttl)
-        local, coherence = parts.local, parts.coherence
-        with self._lock:
-            is_admitted = coherence.commit(ticket, stamp)
-            if local is None:
-                return
-            ttl = deadline - self._clock()
-            if is_admitted and ttl > 0:
-                local.put(ticket.key, Entry(value, stamp, deadline, coherence.epoch, thaw), ttl)
-                return
-            # Reads must not go backward when the lease returns.
-            local.discard_older(ticket.key, stamp)
-        parts.stats.l1_refused += 1
-
-    def _forget(self, parts: Parts, tickets: Sequence[Ticket], stamp: int) -> None:
-        """This process removed the keys under *stamp*."""
-        with self._lock:
-            for ticket in tickets:
-                parts.coherence.commit(ticket, stamp)
-                if parts.local is not None:
-                    parts.local.discard_older(ticket.key, stamp)
 
     def _failed(self, parts: Parts, exc: RemoteStoreError) -> None:
         if parts.policy.strict:
@@ -1161,7 +974,12 @@ def _unproven() -> Coherence:
     return Coherence(delta=0, tombstone_ttl=0, synced=True)
 
 
-def _own_copy(shelved: tuple[Any, Callable[[Any], Any] | None]) -> Any:
+def _is_current(flight: Flight) -> bool:
+    lead = flight.ticket
+    return lead.is_current() if isinstance(lead, _Lead) else True  # without one it has not read anything yet
+
+
+def _own_copy(shelved: Shelved) -> Any:
     value, thaw = shelved
     return value if thaw is None else thaw(value)
 

@@ -1,0 +1,264 @@
+"""L1 as the protocol lets it answer: the store, the coherence state and the one lock that joins them.
+
+What may live here: each step that must be indivisible against the backplane's thread, namely a decision of
+:class:`~celery_mlcache.coherence.Coherence` and the change of L1 that follows from it. No I/O, no codec, no user code
+and no log call runs under the lock; nothing here knows that there is an L2.
+
+A tier is built once in a process and never outlives a fork: a backplane's thread that is slow to end can feed only
+the tier it was started for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from celery_mlcache.coherence import Act, Coherence, Ticket
+from celery_mlcache.entry import MISS, Entry
+from celery_mlcache.local import Local
+from celery_mlcache.protocols import Pulse
+from celery_mlcache.stats import Stats
+from celery_mlcache.wire import Message
+
+Shelved = tuple[Any, Callable[[Any], Any] | None]  # an entry's value, and what makes a reader's own copy of it
+
+log = logging.getLogger("celery_mlcache")
+
+
+class Tier:
+    """One process's L1 under the coherence protocol; a :class:`~celery_mlcache.protocols.BackplaneListener`.
+
+    Thread- and greenlet-safe.
+
+    Args:
+        coherence: The protocol's state; only this object changes it.
+        local: The store, or None where L1 is off: the bookkeeping goes on, for fills and tokens need it.
+        stats: Where things are counted.
+        namespace: For log records.
+        l1_ttl: Seconds an entry lives in L1 at most.
+        max_stale: Seconds after the last proof for which L1 may answer without a lease; 0: not at all.
+        clock: Monotonic seconds.
+        on_alive: Called when a heartbeat was answered.
+    """
+
+    def __init__(
+        self,
+        coherence: Coherence,
+        local: Local | None,
+        stats: Stats,
+        *,
+        namespace: str,
+        l1_ttl: float,
+        max_stale: float,
+        clock: Callable[[], float],
+        on_alive: Callable[[], None] | None = None,
+    ) -> None:
+        self.coherence = coherence
+        self.local = local
+        self.backplane_state: Literal["starting", "up", "down"] = "starting"
+        self._stats = stats
+        self._namespace = namespace
+        self._l1_ttl = l1_ttl
+        self._max_stale = max_stale
+        self._clock = clock
+        self._on_alive = on_alive
+        self._clock_offset: float | None = None  # the server's clock less ours
+        # Re-entrant: the collector may run a user's finalizer under it, and that may use the cache.
+        self._lock = threading.RLock()
+
+    # ---- reading L1 -----------------------------------------------------------------------------------------
+
+    def look(self, key: str) -> Any:
+        """Return what L1 may answer beyond the front, or MISS."""
+        local, coherence = self.local, self.coherence
+        if local is None:
+            return MISS
+        is_stale = False
+        with self._lock:
+            # The clock last: a pause after it can only make the answer as old as the pause.
+            now = self._clock()
+            if now < coherence.lease_until:
+                entry = local.promote(key)
+            elif self._max_stale and coherence.may_serve(now, self._max_stale):
+                entry, is_stale = local.peek(key), True
+            else:
+                self._stats.bypassed += 1
+                return MISS
+        if entry is None or now >= entry.deadline:
+            return MISS
+        self._stats.l1_hits += 1
+        self._stats.stale_served += is_stale
+        return entry.read()
+
+    def live(self, key: str) -> Entry | None:
+        """Return L1's entry where L1 is all there is."""
+        if self.local is None:
+            return None
+        with self._lock:
+            entry = self.local.peek(key)
+        return entry if entry is not None and self._clock() < entry.deadline else None
+
+    # ---- operations -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def tickets(self, keys: Sequence[str]) -> Iterator[list[Ticket]]:
+        """Hold a ticket for each key: opened before anything is sent, closed however the operation ends."""
+        with self._lock:
+            tickets = [self.coherence.open(key) for key in keys]
+        try:
+            yield tickets
+        finally:
+            with self._lock:
+                for ticket in tickets:
+                    self.coherence.close(ticket)
+
+    @contextmanager
+    def writing(self, keys: Sequence[str]) -> Iterator[list[Ticket]]:
+        """Hold tickets round a write; if it fails in any way it may have happened: forget the copies."""
+        with self.tickets(keys) as tickets:
+            try:
+                yield tickets
+            except BaseException:
+                with self._lock:
+                    for ticket in tickets:
+                        self.coherence.cancel(ticket)
+                        if self.local is not None:
+                            self.local.discard(ticket.key)
+                raise
+
+    def keep(self, ticket: Ticket, stamp: int, shelved: Shelved, life: tuple[float, float]) -> None:
+        """Put a copy into L1 if nothing newer has passed; *life* is (monotonic start, seconds in L2)."""
+        sent_at, remaining = life
+        deadline = sent_at + min(remaining, self._l1_ttl)
+        with self._lock:
+            is_admitted = self.coherence.commit(ticket, stamp)
+            if self.local is None:
+                return
+            ttl = deadline - self._clock()
+            if is_admitted and ttl > 0:
+                value, thaw = shelved
+                self.local.put(ticket.key, Entry(value, stamp, deadline, self.coherence.epoch, thaw), ttl)
+                return
+            # Reads must not go backward when the lease returns.
+            self.local.discard_older(ticket.key, stamp)
+        self._stats.l1_refused += 1
+
+    def forget(self, tickets: Sequence[Ticket], stamp: int) -> None:
+        """This process removed the keys under *stamp*."""
+        with self._lock:
+            for ticket in tickets:
+                self.coherence.commit(ticket, stamp)
+                if self.local is not None:
+                    self.local.discard_older(ticket.key, stamp)
+
+    def missed(self, ticket: Ticket, token: int) -> None:
+        """L2 had nothing (or nothing readable) at *token*: a copy from before must not answer later."""
+        with self._lock:
+            self.coherence.note(token)
+            if self.local is not None:
+                self.local.discard_older(ticket.key, token + 1)
+
+    def admits(self, ticket: Ticket, stamp: int) -> bool:
+        """Has nothing happened to the key since *stamp* was the newest?"""
+        with self._lock:
+            return self.coherence.admits(ticket, stamp)
+
+    def fence(self, ticket: Ticket, token: int, taken_at: float) -> int | None:
+        """Return the stamp that a fill may be fenced with now, or None."""
+        with self._lock:
+            return self.coherence.fence(ticket, token, taken_at, self._clock())
+
+    def is_current(self, ticket: Ticket, token: int, barrier: int) -> bool:
+        """May a newcomer share what was read at *token*? See :meth:`Coherence.is_current`."""
+        with self._lock:
+            return self.coherence.is_current(ticket, token, barrier)
+
+    def own_stamp(self) -> int:
+        """Take a stamp where there is no Redis to take it from."""
+        with self._lock:
+            self.coherence.note(self.coherence.highest + 1)
+            return self.coherence.highest
+
+    def flush(self, floor: int) -> None:
+        """This process raised the floor."""
+        with self._lock:
+            self.coherence.flushed(floor)
+            if self.local is not None:
+                self.local.void_below(floor)
+
+    def void(self) -> None:
+        """Start again with an empty L1: a flush of this process may happen yet, or not at all."""
+        with self._lock:
+            self.coherence.void()
+            if self.local is not None:
+                self.local.void(self.coherence.epoch)
+
+    def barrier(self, stamp: int) -> bool:
+        """Withdraw the lease until *stamp* has been applied; True asks for a heartbeat."""
+        with self._lock:
+            act = self.coherence.barrier(stamp, self._clock())
+            self._apply(act)
+        return act.ask
+
+    # ---- what the backplane tells (its thread) --------------------------------------------------------------
+
+    def highest_stamp(self) -> int:
+        """Return the highest stamp known here."""
+        return self.coherence.highest
+
+    def on_subscribed(self) -> None:
+        """Count the subscription; only a heartbeat proves it."""
+        self._stats.subscriptions += 1
+
+    def on_message(self, message: Message | None) -> bool:
+        """Apply one message; False asks for a heartbeat at once."""
+        with self._lock:
+            act = self.coherence.observe(message)
+            self._apply(act)
+        self._stats.messages += 1
+        if message is None:
+            self._stats.message_garbage += 1
+        elif self._clock_offset is not None:
+            self._stats.add_lag(max(0.0, self._clock() + self._clock_offset - message.server_time))
+        return not act.ask
+
+    def on_pulse(self, pulse: Pulse) -> None:
+        """Renew the lease."""
+        with self._lock:
+            act = self.coherence.prove(pulse)
+            self._apply(act)
+        # Half a round trip is the error; the server's clock itself never enters a decision.
+        self._clock_offset = pulse.server_time - (pulse.sent_at + pulse.received_at) / 2
+        if self._on_alive is not None:
+            self._on_alive()
+        if self.backplane_state != "up":
+            self.backplane_state = "up"
+            log.info("backplane up", extra={"namespace": self._namespace, "stamp": pulse.stamp})
+
+    def on_lost(self, why: str) -> None:
+        """End the lease."""
+        with self._lock:
+            self.coherence.lose()
+        if self.backplane_state == "up":
+            self._stats.subscription_losses += 1
+        if self.backplane_state != "down":
+            self.backplane_state = "down"
+            log.warning("backplane down", extra={"namespace": self._namespace, "why": why})
+
+    def _apply(self, act: Act) -> None:
+        """Do to L1 what coherence decided; under the lock."""
+        if act.void:
+            self._stats.add_gap(act.void)
+        local = self.local
+        if local is None:
+            return
+        if act.void:
+            local.void(self.coherence.epoch)
+        if act.is_flush:
+            self._stats.flushes += 1
+            local.void_below(act.stamp)
+        for key in act.keys:
+            local.discard_older(key, act.stamp)
