@@ -103,14 +103,16 @@ class RedisRemote:
     def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
         """Return a snapshot for each key; see the protocol."""
         names = [self._names.value(key) for key in keys]
-        packed = _pack(("MGET", *self._control, *names))
-        packed += b"".join([_pack(("PTTL", name)) for name in names])
-        answers = self._exchange("read", packed, replies=1 + len(names))
+        packed = _pack(("TIME",)) + _pack(("MGET", *self._control, *names))
+        server_clock, stored = self._exchange("read", packed, replies=2)
         with self._understanding("read"):
-            (counter_text, floor_text, *values), *lives = answers
+            counter_text, floor_text, *values = stored
             counter, floor = int(counter_text or 0), int(floor_text or 0)
             if counter and floor and counter >= seen:
-                return [_snapshot(data, life, counter, floor) for data, life in zip(values, lives, strict=True)]
+                now_ms = int(server_clock[0]) * 1000 + int(server_clock[1]) / 1000
+                if len(values) != len(names):
+                    raise ValueError(len(values))
+                return [_snapshot(data, now_ms, counter, floor) for data in values]
         # Lost (eviction, FLUSHALL, restart) or behind (a failover that lost writes): nothing stored counts.
         counter, floor = self.seed(seen=seen)
         return [Snapshot(None, 0, counter, floor, None) for _ in keys]
@@ -168,8 +170,9 @@ class RedisRemote:
             arguments += (token, milliseconds(ttl), tail)
         reply = self._call("fill", self._fill, [key for key, *_ in items], arguments, is_repeatable=False)
         with self._understanding("fill"):
-            *outcomes, counter, floor = reply
-            filled = [_filled(outcome, int(counter), int(floor)) for outcome in outcomes]
+            *outcomes, counter, floor, now_us = reply
+            order = (int(now_us) / 1000, int(counter), int(floor))
+            filled = [_filled(outcome, order) for outcome in outcomes]
             if len(filled) == len(items):
                 return filled
             raise ValueError(len(filled))
@@ -322,23 +325,24 @@ class RedisRemote:
             raise RemoteStoreError(op, "the reply has an unknown shape", outcome_unknown=True) from exc
 
 
-def _snapshot(data: Any, life: Any, counter: int, floor: int) -> Snapshot:
+def _snapshot(data: Any, now_ms: float, counter: int, floor: int) -> Snapshot:
     split = split_value(data) if isinstance(data, bytes) else None
     if split is None or split[0] < floor:
         return Snapshot(None, 0, counter, floor, None)
-    stamp, kind = split
-    # -2: it expired between the two commands; -1: no life at all, which only a foreign PERSIST can do.
-    if kind == KIND_TOMBSTONE or not isinstance(life, int) or life <= 0:
-        return Snapshot(None, stamp if kind == KIND_TOMBSTONE else 0, counter, floor, None)
-    return Snapshot(data, stamp, counter, floor, life / 1000)
+    stamp, expires_ms, kind = split
+    if kind == KIND_TOMBSTONE:
+        return Snapshot(None, stamp, counter, floor, None)
+    # The clock was read before the value, and the caller counts from before it asked: never too long.
+    return Snapshot(data, stamp, counter, floor, max(0.0, (expires_ms - now_ms) / 1000))
 
 
-def _filled(outcome: Any, counter: int, floor: int) -> Filled:
+def _filled(outcome: Any, order: tuple[float, int, int]) -> Filled:
     code, *rest = outcome
     if code == 0:
         return Filled(is_stored=True, winner=None)
     if code == 1:
-        return Filled(is_stored=False, winner=_snapshot(rest[0], rest[1], counter, floor), refused="winner")
+        (data,) = rest
+        return Filled(is_stored=False, winner=_snapshot(data, *order), refused="winner")
     return Filled(is_stored=False, winner=None, refused="fence")
 
 

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from celery_mlcache.coherence import Act, Coherence, Ticket
 from celery_mlcache.entry import MISS, Entry
@@ -23,6 +23,7 @@ from celery_mlcache.protocols import Pulse
 from celery_mlcache.stats import Stats
 from celery_mlcache.wire import Message
 
+DRIFT: Final = 0.999  # our clock may run slower than the server's; twice what NTP slews at most
 Shelved = tuple[Any, Callable[[Any], Any] | None]  # an entry's value, and what makes a reader's own copy of it
 
 log = logging.getLogger("celery_mlcache")
@@ -132,7 +133,7 @@ class Tier:
     def keep(self, ticket: Ticket, stamp: int, shelved: Shelved, life: tuple[float, float]) -> None:
         """Put a copy into L1 if nothing newer has passed; *life* is (monotonic start, seconds in L2)."""
         sent_at, remaining = life
-        deadline = sent_at + min(remaining, self._l1_ttl)
+        deadline = sent_at + min(remaining * DRIFT, self._l1_ttl)
         with self._lock:
             is_admitted = self.coherence.commit(ticket, stamp)
             if self.local is None:
@@ -246,7 +247,7 @@ class Tier:
             self._stats.subscription_losses += 1
         if self.backplane_state != "down":
             self.backplane_state = "down"
-            log.warning("backplane down", extra={"namespace": self._namespace, "why": why})
+            log.warning("backplane down: %s", why or "it ended", extra={"namespace": self._namespace, "why": why})
 
     def _apply(self, act: Act) -> None:
         """Do to L1 what coherence decided; under the lock."""

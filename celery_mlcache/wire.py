@@ -4,13 +4,15 @@ Value, in a Redis string (offsets in bytes, big endian)::
 
     0      format version, 1
     1-8    stamp, u64: Redis order of the write
-    9      kind: "V" value, "I" integer (body is ASCII decimal, so that Lua can add), "T" tombstone (nothing follows)
-    10     flags         \
-    11     serializer     |  the *tail*: made by codec.py; lua/incr.lua relies on kind, flags and H
-    12-13  H, u16         |
-    14-    H bytes of header (codec.py), then the body and, when signed, the MAC   /
+    9-16   expiry, u64: milliseconds since 1970 by the server's clock, the same as the key's PXAT
+    17     kind: "V" value, "I" integer (body is ASCII decimal, for Lua adds to it), "T" tombstone (nothing follows)
+    18     flags         \
+    19     serializer     |  the *tail*: made by codec.py; lua/increment.lua relies on kind, flags and H
+    20-21  H, u16         |
+    22-    H bytes of header (codec.py), then the body and, when signed, the MAC   /
 
-Head (bytes 0-8) and tail are joined by the script that takes the stamp. Only the tail is signed.
+Head (bytes 0-16) and tail are joined by the script that takes the stamp. Only the tail is signed. The expiry stands in
+the value because a PTTL asked beside the value may be another value's: a key can expire and be filled in between.
 
 Message, on the channel: lines of UTF-8 joined by ``\n`` (keys hold no control characters)::
 
@@ -38,23 +40,23 @@ KIND_INTEGER: Final = 0x49  # "I"
 KIND_TOMBSTONE: Final = 0x54  # "T"
 
 _MAX_DIGITS: Final = len(str(MAX_STAMP))
-_HEAD: Final = Struct(">BQ")
+_HEAD: Final = Struct(">BQQ")
 HEAD_SIZE: Final = _HEAD.size
 
 
-def pack_head(stamp: int) -> bytes:
-    """Return bytes 0-8 of a value."""
-    return _HEAD.pack(FORMAT_VERSION, stamp)
+def pack_head(stamp: int, expires_ms: int = 0) -> bytes:
+    """Return bytes 0-16 of a value."""
+    return _HEAD.pack(FORMAT_VERSION, stamp, expires_ms)
 
 
-def split_value(data: bytes) -> tuple[int, int] | None:
-    """Return ``(stamp, kind)`` of a stored value, or None where the bytes are not of this format."""
+def split_value(data: bytes) -> tuple[int, int, int] | None:
+    """Return ``(stamp, expiry in ms, kind)`` of a stored value, or None where the bytes are not of this format."""
     if len(data) <= HEAD_SIZE:
         return None
-    version, stamp = _HEAD.unpack_from(data)
+    version, stamp, expires_ms = _HEAD.unpack_from(data)
     if version != FORMAT_VERSION or stamp > MAX_STAMP:
         return None
-    return stamp, data[HEAD_SIZE]
+    return stamp, expires_ms, data[HEAD_SIZE]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 -- The fenced add: for each of KEYS[3..] token, milliseconds, tail from ARGV[3] on. Takes no stamp and announces
 -- nothing: an absent key is in nobody's L1 with an older value. Never seeds: a lost counter refuses.
--- Returns for each key {0} stored, {1, data, milliseconds left} a live value won, {2} refused; then counter and floor.
+-- Returns for each key {0} stored, {1, data} a live value won, {2} refused; then counter, floor and clock (us).
 local counter = tonumber(redis.call('GET', KEYS[1]) or '')
 local floor = tonumber(redis.call('GET', KEYS[2]) or '')
 local outcome = {}
@@ -10,9 +10,9 @@ for i = 3, #KEYS do
   if counter and floor and counter >= token and floor <= token then
     local data, stamp = stored(KEYS[i], floor)
     if data then
-      answer = {1, data, redis.call('PTTL', KEYS[i])}
+      answer = {1, data}
     elseif stamp <= token then
-      redis.call('SET', KEYS[i], head(token) .. ARGV[3 * i - 4], 'PX', ARGV[3 * i - 5])
+      put(KEYS[i], token, after(ARGV[3 * i - 5]), ARGV[3 * i - 4])
       answer = {0}
     end
   end
@@ -20,4 +20,5 @@ for i = 3, #KEYS do
 end
 outcome[#outcome + 1] = digits(counter or 0)
 outcome[#outcome + 1] = digits(floor or 0)
+outcome[#outcome + 1] = digits(now_us())
 return outcome

@@ -2,6 +2,7 @@
 -- ARGV[1] channel, ARGV[2] highest stamp the caller knows of.
 -- Numbers are doubles: stamps stay below 2^53, and %.0f keeps them exact where tostring would not.
 local VERSION, TOMBSTONE, INTEGER = 1, 84, 73
+local KIND_AT = 18 -- of wire.py's offsets, counted from 1
 local MARGIN = 1000000
 
 local function digits(n) return string.format('%.0f', n) end
@@ -36,14 +37,19 @@ local function next_stamp()
   return redis.call('INCR', KEYS[1]), floor
 end
 
-local function head(stamp) return string.char(VERSION) .. struct.pack('>I8', stamp) end
+local function after(milliseconds) return math.floor(now_us() / 1000) + tonumber(milliseconds) end
 
--- The live value (or nil) and the stamp of whatever is there (0: nothing that counts).
+local function put(key, stamp, expires, tail)
+  local head = string.char(VERSION) .. struct.pack('>I8I8', stamp, expires)
+  redis.call('SET', key, head .. tail, 'PXAT', digits(expires))
+end
+
+-- The live value (or nil), the stamp of whatever is there (0: nothing that counts), and its expiry.
 local function stored(key, floor)
   local data = redis.call('GET', key)
-  if not data or #data < 10 or data:byte(1) ~= VERSION then return nil, 0 end
-  local stamp = struct.unpack('>I8', data, 2)
+  if not data or #data < KIND_AT or data:byte(1) ~= VERSION then return nil, 0 end
+  local stamp, expires = struct.unpack('>I8I8', data, 2)
   if stamp < floor then return nil, 0 end
-  if data:byte(10) == TOMBSTONE then return nil, stamp end
-  return data, stamp
+  if data:byte(KIND_AT) == TOMBSTONE then return nil, stamp end
+  return data, stamp, expires
 end

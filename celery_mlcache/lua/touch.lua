@@ -3,6 +3,6 @@ local _, floor = order()
 local data = stored(KEYS[3], floor)
 if not data then return 0 end
 local stamp = redis.call('INCR', KEYS[1])
-redis.call('SET', KEYS[3], head(stamp) .. data:sub(10), 'PX', ARGV[4])
+put(KEYS[3], stamp, after(ARGV[4]), data:sub(KIND_AT))
 announce('W', stamp, ARGV[3])
 return stamp

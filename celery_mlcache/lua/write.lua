@@ -1,8 +1,7 @@
 -- ARGV[3] names joined by newlines, then milliseconds and tail for each of KEYS[3..]. Returns the stamp.
 local stamp = next_stamp()
-local first = head(stamp)
 for i = 3, #KEYS do
-  redis.call('SET', KEYS[i], first .. ARGV[2 * i - 1], 'PX', ARGV[2 * i - 2])
+  put(KEYS[i], stamp, after(ARGV[2 * i - 2]), ARGV[2 * i - 1])
 end
 announce('W', stamp, ARGV[3])
 return stamp
