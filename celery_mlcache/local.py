@@ -7,7 +7,7 @@ Theory of operation
 -------------------
 A *hot front*, a plain dict, stands before the engine: a dict look-up costs an eighth of moka's. The front is
 emptied when it is full, and filled again by ``promote`` from the engine, which decides what is worth keeping. The
-front takes at most a quarter of the room and the engine the rest, so that the sum is what was configured.
+front takes at most half of the room and the engine the rest, so that the sum is what was configured.
 
 The front never holds a dead entry: ``front_get`` is called without a lock and answers without a question. What
 voids L1 empties the front and moves ``epoch`` or ``floor``, in O(1) for the engine; what the engine still has from
@@ -31,8 +31,8 @@ from celery_mlcache.protocols import LocalEngine
 
 Backend = Literal["auto", "moka", "cacheout"]
 
-FRONT_SHARE: Final = 4  # the front takes one part in so many
-FRONT_MAX: Final = 4096  # emptying it frees all its entries at one go: some 0.2 ms
+FRONT_SHARE: Final = 2  # the front takes one part in so many: a hit behind it costs five times one in it
+FRONT_MAX: Final = 16_384  # emptying it lets go of all its entries at one go: some 0.8 ms
 MIN_TTL: Final = 1e-6  # moka refuses 0 and below ...
 MAX_TTL: Final = 1e9  # ... and above some 1e19 s; 31 years will do
 

@@ -196,7 +196,7 @@ class TestLocal:
 
     def test_full_front_is_emptied_and_promoted_again(self, backend):
         """What fell out of the front is still behind it; peek leaves it there, promote brings it back."""
-        local = Local(backend, 40)
+        local = Local(backend, 20)
         for i in range(11):
             local.put(f"k{i}", entry(i), 60.0)
 
@@ -208,7 +208,7 @@ class TestLocal:
 
     def test_replacing_does_not_empty_the_front(self, backend):
         """A key that is in a full front already needs no room."""
-        local = Local(backend, 40)
+        local = Local(backend, 20)
         for i in range(10):
             local.put(f"k{i}", entry("old"), 60.0)
         local.put("k0", entry("new"), 60.0)
