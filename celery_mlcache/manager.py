@@ -894,16 +894,21 @@ class CacheManager:
         return life * (1 - jitter * self._rng()) if jitter else life
 
     def _look_many(self, parts: Parts, keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+        """Return what L1 answers, and the other keys, each once."""
+        lease, front_get = self._coherence.lease_until, self._front_get
+        wanted = _distinct(keys)
+        entries = [(key, front_get(key)) for key in wanted]
+        now = self._clock()  # once, and after the entries: as in get()
         found: dict[str, Any] = {}
-        missing = []
-        for key in dict.fromkeys(check_key(key) for key in keys):
-            lease = self._coherence.lease_until
-            entry = self._front_get(key)
-            now = self._clock()
+        rest = []
+        for key, entry in entries:
             if entry is not None and now < lease and now < entry.deadline:
-                self._l1_hits += 1
-                found[key] = entry.read()
-                continue
+                found[key] = entry.value if entry.thaw is None else entry.thaw(entry.value)
+            else:
+                rest.append(check_key(key))
+        self._l1_hits += len(found)
+        missing = []
+        for key in rest:
             value = parts.tier.look(key)
             if value is MISS:
                 missing.append(key)
@@ -972,6 +977,14 @@ def check_ttl(ttl: object) -> float:
 def _unproven() -> Coherence:
     """Stands in until the parts are built: no lease, so every look-up takes the slow path."""
     return Coherence(delta=0, tombstone_ttl=0, synced=True)
+
+
+def _distinct(keys: Iterable[str]) -> dict[str, None]:
+    given = list(keys)
+    try:
+        return dict.fromkeys(given)
+    except TypeError:
+        return dict.fromkeys(check_key(key) for key in given)  # names the unhashable one
 
 
 def _is_current(flight: Flight) -> bool:

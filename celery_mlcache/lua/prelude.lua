@@ -7,9 +7,13 @@ local MARGIN = 1000000
 
 local function digits(n) return string.format('%.0f', n) end
 
+local clock
 local function now_us()
-  local t = redis.call('TIME')
-  return t[1] * 1000000 + t[2]
+  if not clock then
+    local t = redis.call('TIME')
+    clock = t[1] * 1000000 + t[2]
+  end
+  return clock
 end
 
 local function announce(op, stamp, names)
@@ -39,9 +43,13 @@ end
 
 local function after(milliseconds) return math.floor(now_us() / 1000) + tonumber(milliseconds) end
 
+local head, head_stamp, head_expires, expires_text -- the same for all keys of a script, as a rule
 local function put(key, stamp, expires, tail)
-  local head = string.char(VERSION) .. struct.pack('>I8I8', stamp, expires)
-  redis.call('SET', key, head .. tail, 'PXAT', digits(expires))
+  if stamp ~= head_stamp or expires ~= head_expires then
+    head_stamp, head_expires, expires_text = stamp, expires, digits(expires)
+    head = string.char(VERSION) .. struct.pack('>I8I8', stamp, expires)
+  end
+  redis.call('SET', key, head .. tail, 'PXAT', expires_text)
 end
 
 -- The live value (or nil), the stamp of whatever is there (0: nothing that counts), and its expiry.

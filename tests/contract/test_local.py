@@ -196,7 +196,7 @@ class TestLocal:
 
     def test_full_front_is_emptied_and_promoted_again(self, backend):
         """What fell out of the front is still behind it; peek leaves it there, promote brings it back."""
-        local = Local(backend, 20)
+        local = Local(backend, 21)
         for i in range(11):
             local.put(f"k{i}", entry(i), 60.0)
 
