@@ -456,6 +456,7 @@ class CacheManager:
         key = found.ticket.key
         try:
             tail = parts.codec.encode(key, value, tags=tags)
+            shelved = parts.codec.shelve(key, value, tail)
         except SerializationError as exc:
             parts.stats.unserializable += 1
             if parts.policy.strict:
@@ -463,7 +464,7 @@ class CacheManager:
             if parts.stats.unserializable == 1:
                 log.warning("a loaded value cannot be cached", extra={"key": key, "why": str(exc)})
             return None
-        return _Draft(found, tail, parts.codec.shelve(key, value, tail))
+        return _Draft(found, tail, shelved)
 
     def _fill(self, parts: Parts, drafts: Sequence[_Draft], life: float) -> dict[str, _Found]:
         """Store by fenced adds; return the live values that were there already, by key."""
@@ -579,6 +580,7 @@ class CacheManager:
         key = check_key(key)
         life = self._life(parts, ttl)
         tail = parts.codec.encode(key, value)
+        shelved = parts.codec.shelve(key, value, tail)
         try:
             with parts.tier.writing((key,)) as (ticket,):
                 sent_at = self._clock()
@@ -590,7 +592,7 @@ class CacheManager:
                 if stamp is None:
                     return False
                 parts.stats.writes += 1
-                parts.tier.keep(ticket, stamp, parts.codec.shelve(key, value, tail), (sent_at, life))
+                parts.tier.keep(ticket, stamp, shelved, (sent_at, life))
                 return True
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
