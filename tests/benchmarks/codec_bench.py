@@ -98,11 +98,11 @@ def rivals() -> dict[str, Pair]:
     try:
         found["ormsgpack, walk + hooks"] = ormsgpack_pair(import_module("ormsgpack"))
     except ImportError:
-        print("ormsgpack is not installed")  # noqa: T201 # the script's output
+        print("ormsgpack is not installed")  # the script's output
     try:
         found["msgpack, walk + strict_types"] = msgpack_pair(import_module("msgpack"))
     except ImportError:
-        print("msgpack is not installed")  # noqa: T201
+        print("msgpack is not installed")
     codec = Codec(wall_clock=lambda: 0.0)
     head = wire.pack_head(1)
     found["whole codec"] = (
@@ -172,7 +172,7 @@ def main() -> None:
     base = figures["pickle 5"]
     for name, figure in figures.items():
         ratios = "  ".join(f"{mine / theirs:5.2f}" for mine, theirs in zip(figure, base, strict=True))
-        print(f"    {name:40}  {ratios}   ({figure[0]:.1f} + {figure[1]:.1f} us, {len(blobs[name])} bytes)")  # noqa: T201
+        print(f"    {name:40}  {ratios}   ({figure[0]:.1f} + {figure[1]:.1f} us, {len(blobs[name])} bytes)")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from uuid import UUID, SafeUUID, uuid1
 from zoneinfo import ZoneInfo
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_mlcache import wire
 from celery_mlcache.codec import Codec
@@ -775,9 +776,31 @@ def test_interruptions_pass_through_reading(monkeypatch):
         raise SoftTimeLimit
 
     data = HEAD + Codec().encode(KEY, (1, 2))
-    monkeypatch.setitem(sys.modules["celery_mlcache.codec"]._RAISE, 0, interrupted)
+    monkeypatch.setitem(sys.modules["celery_mlcache.typed"]._RAISE, 0, interrupted)
     with pytest.raises(SoftTimeLimit):
         Codec().decode(KEY, data)
+
+
+class Interrupted:
+    """Unpickles into the soft time limit that a signal handler would raise there."""
+
+    def __reduce__(self):
+        return _raise_soft_limit, ()
+
+
+def _raise_soft_limit():
+    raise SoftTimeLimitExceeded
+
+
+def test_soft_time_limit_passes_through_pickle(monkeypatch):
+    """Neither reading nor writing takes Celery's soft time limit for a fault of the value."""
+    codec = Codec(signing_keys=[b"k"], serializer="pickle")
+    data = HEAD + codec.encode(KEY, Interrupted())
+    with pytest.raises(SoftTimeLimitExceeded):
+        codec.decode(KEY, data)
+    monkeypatch.setattr(pickle, "dumps", lambda *_: _raise_soft_limit())
+    with pytest.raises(SoftTimeLimitExceeded):
+        codec.encode(KEY, Interrupted())
 
 
 def test_one_codec_serves_many_threads():
