@@ -124,6 +124,7 @@ class Backplane:
             try:
                 connection = self._connection = self._connect()
                 connection.connect()
+                refuse_replica(connection)
                 session = _Session(self, connection, reference)
                 session.run()
             except THREAD_ERRORS as exc:
@@ -256,6 +257,15 @@ class _Session:
 def _pack(*command: Any) -> bytes:
     packed: bytes = hiredis.pack_command(command)
     return packed
+
+
+def refuse_replica(connection: AbstractConnection) -> None:
+    """Refuse a server that says it is a replica: its counter may be behind, so its answers prove nothing.
+
+    redis-py keeps HELLO's reply from some 8.x on; Sentinel closes the connections of a master that it demotes.
+    """
+    if (getattr(connection, "handshake_metadata", None) or {}).get(b"role", b"master") != b"master":
+        raise RedisConnectionError("the server is a replica")
 
 
 def socket_of(connection: AbstractConnection | None) -> socket.socket | None:
