@@ -149,16 +149,22 @@ class Coherence:
         """Note that *stamp* exists."""
         self.highest = max(self.highest, stamp)
 
-    def is_current(self, ticket: Ticket, token: int, barrier: int) -> bool:
+    def horizon(self) -> tuple[int, int]:
+        """Return what a flight that begins now need not be asked about later: barrier and floor."""
+        return self.required, self.floor
+
+    def is_current(self, ticket: Ticket, token: int, horizon: tuple[int, int]) -> bool:
         """May a newcomer share the answer of a flight that read its miss at *token* (0: not yet)?
 
-        Not if anything happened to the key since, and not if a barrier was raised after the flight began.
+        Not if anything happened to the key since, nor if a barrier or a floor was raised after the flight began.
         """
-        return ticket.epoch == self.epoch and ticket.raised <= token and barrier >= self.required
+        barrier, floor = horizon
+        is_untouched = ticket.epoch == self.epoch and ticket.raised <= token
+        return is_untouched and barrier >= self.required and max(token, floor) >= self.floor
 
     def fence(self, ticket: Ticket, token: int, taken_at: float, now: float) -> int | None:
         """Return the stamp that a fill may be fenced with, or None where it cannot be fenced any more."""
-        if not token or ticket.raised > token:
+        if not token or ticket.raised > token or self.floor > token:
             return None
         is_covered = self._synced and self.is_proven and ticket.epoch == self.epoch and now < self._proof_until
         if is_covered and self.applied >= token:

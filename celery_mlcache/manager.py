@@ -83,16 +83,16 @@ class Parts:
 class _Lead:
     """What a flight's leader has seen so far: newcomers judge by it whether they may share its answer."""
 
-    __slots__ = ("barrier", "ticket", "tier", "token")
+    __slots__ = ("horizon", "ticket", "tier", "token")
 
     def __init__(self, tier: Tier, ticket: Ticket) -> None:
         self.tier = tier
         self.ticket = ticket
-        self.barrier = tier.coherence.required
+        self.horizon = tier.coherence.horizon()
         self.token = 0
 
     def is_current(self) -> bool:
-        return self.tier.is_current(self.ticket, self.token, self.barrier)
+        return self.tier.is_current(self.ticket, self.token, self.horizon)
 
 
 @dataclass(slots=True)

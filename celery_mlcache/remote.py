@@ -105,14 +105,16 @@ class RedisRemote:
         names = [self._names.value(key) for key in keys]
         packed = _pack(("TIME",)) + _pack(("MGET", *self._control, *names))
         server_clock, stored = self._exchange("read", packed, replies=2)
-        with self._understanding("read"):
+        try:
             counter_text, floor_text, *values = stored
             counter, floor = int(counter_text or 0), int(floor_text or 0)
-            if counter and floor and counter >= seen:
-                now_ms = int(server_clock[0]) * 1000 + int(server_clock[1]) / 1000
-                if len(values) != len(names):
-                    raise ValueError(len(values))
-                return [_snapshot(data, now_ms, counter, floor) for data in values]
+            now_ms = int(server_clock[0]) * 1000 + int(server_clock[1]) / 1000
+        except (TypeError, ValueError, LookupError) as exc:
+            raise self._misunderstood("read") from exc
+        if len(values) != len(names):
+            raise self._misunderstood("read")
+        if counter and floor and counter >= seen:
+            return [_snapshot(data, now_ms, counter, floor) for data in values]
         # Lost (eviction, FLUSHALL, restart) or behind (a failover that lost writes): nothing stored counts.
         counter, floor = self.seed(seen=seen)
         return [Snapshot(None, 0, counter, floor, None) for _ in keys]
@@ -316,13 +318,16 @@ class RedisRemote:
 
     @contextlib.contextmanager
     def _understanding(self, op: str) -> Iterator[None]:
-        """Turn a reply of another shape into an outage: something else than Redis is talking."""
         try:
             yield
-        except (TypeError, ValueError) as exc:
-            self._guard.failure()
-            self._counts.l2_errors += 1
-            raise RemoteStoreError(op, "the reply has an unknown shape", outcome_unknown=True) from exc
+        except (TypeError, ValueError, LookupError) as exc:
+            raise self._misunderstood(op) from exc
+
+    def _misunderstood(self, op: str) -> RemoteStoreError:
+        """Turn a reply of another shape into an outage: something else than Redis is talking."""
+        self._guard.failure()
+        self._counts.l2_errors += 1
+        return RemoteStoreError(op, "the reply has an unknown shape", outcome_unknown=True)
 
 
 def _snapshot(data: Any, now_ms: float, counter: int, floor: int) -> Snapshot:

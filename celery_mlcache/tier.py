@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, Final, Literal
 
 from celery_mlcache.coherence import Act, Coherence, Ticket
@@ -27,6 +27,39 @@ DRIFT: Final = 0.999  # our clock may run slower than the server's; twice what N
 Shelved = tuple[Any, Callable[[Any], Any] | None]  # an entry's value, and what makes a reader's own copy of it
 
 log = logging.getLogger("celery_mlcache")
+
+
+class Tickets:
+    """A context manager that holds tickets; see :meth:`Tier.tickets` and :meth:`Tier.writing`.
+
+    A class, for a generator costs three times as much, and every read from L2 makes one.
+    """
+
+    __slots__ = ("_is_writing", "_keys", "_lock", "_tickets", "_tier")
+
+    def __init__(self, tier: Tier, lock: threading.RLock, keys: Sequence[str], *, is_writing: bool = False) -> None:
+        self._tier = tier
+        self._lock = lock
+        self._keys = keys
+        self._is_writing = is_writing
+        self._tickets: list[Ticket] = []
+
+    def __enter__(self) -> list[Ticket]:
+        with self._lock:
+            self._tickets = [self._tier.coherence.open(key) for key in self._keys]
+        return self._tickets
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        coherence, local = self._tier.coherence, self._tier.local
+        with self._lock:
+            for ticket in self._tickets:
+                if kind is not None and self._is_writing:
+                    coherence.cancel(ticket)
+                    if local is not None:
+                        local.discard(ticket.key)
+                coherence.close(ticket)
 
 
 class Tier:
@@ -104,31 +137,13 @@ class Tier:
 
     # ---- operations -----------------------------------------------------------------------------------------
 
-    @contextmanager
-    def tickets(self, keys: Sequence[str]) -> Iterator[list[Ticket]]:
+    def tickets(self, keys: Sequence[str]) -> Tickets:
         """Hold a ticket for each key: opened before anything is sent, closed however the operation ends."""
-        with self._lock:
-            tickets = [self.coherence.open(key) for key in keys]
-        try:
-            yield tickets
-        finally:
-            with self._lock:
-                for ticket in tickets:
-                    self.coherence.close(ticket)
+        return Tickets(self, self._lock, keys)
 
-    @contextmanager
-    def writing(self, keys: Sequence[str]) -> Iterator[list[Ticket]]:
+    def writing(self, keys: Sequence[str]) -> Tickets:
         """Hold tickets round a write; if it fails in any way it may have happened: forget the copies."""
-        with self.tickets(keys) as tickets:
-            try:
-                yield tickets
-            except BaseException:
-                with self._lock:
-                    for ticket in tickets:
-                        self.coherence.cancel(ticket)
-                        if self.local is not None:
-                            self.local.discard(ticket.key)
-                raise
+        return Tickets(self, self._lock, keys, is_writing=True)
 
     def keep(self, ticket: Ticket, stamp: int, shelved: Shelved, life: tuple[float, float]) -> None:
         """Put a copy into L1 if nothing newer has passed; *life* is (monotonic start, seconds in L2)."""
@@ -172,10 +187,10 @@ class Tier:
         with self._lock:
             return self.coherence.fence(ticket, token, taken_at, self._clock())
 
-    def is_current(self, ticket: Ticket, token: int, barrier: int) -> bool:
+    def is_current(self, ticket: Ticket, token: int, horizon: tuple[int, int]) -> bool:
         """May a newcomer share what was read at *token*? See :meth:`Coherence.is_current`."""
         with self._lock:
-            return self.coherence.is_current(ticket, token, barrier)
+            return self.coherence.is_current(ticket, token, horizon)
 
     def own_stamp(self) -> int:
         """Take a stamp where there is no Redis to take it from."""
