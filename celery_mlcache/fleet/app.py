@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from celery import Celery
+from celery import Celery, _state
+from celery.app import base as app_base
 
 from celery_mlcache.config import CacheConfig, ConfigurationWarning, load_config, sources_from_celery
 from celery_mlcache.errors import ConfigurationError
@@ -81,9 +82,10 @@ class Fleet:
         return assemble(self.config, with_l1=not self.is_confined)
 
     def _load(self) -> CacheConfig:
+        len(self.app.conf)  # read now: what stands here until the first look-up is another object
         conf = self.app.conf
         hide_passwords(conf)
-        own = {name: conf[name] for name in list(conf) if isinstance(name, str) and name.lower().startswith(PREFIX)}
+        own = {name: conf[raw] for raw, name in _own_settings(conf).items()}
         sources = [("app.conf", own), *sources_from_celery(conf)]
         namespace = re.sub(r"[^A-Za-z0-9_.:-]", "-", self.app.main or "").strip("_.:-")
         if namespace:
@@ -125,7 +127,24 @@ def fleet_of(app: Any) -> Fleet:
 
 def find_fleet(app: Any) -> Fleet | None:
     """Return the app's fleet if it has one."""
-    return getattr(_real(app), _ATTRIBUTE, None)
+    real = _real(app)
+    fleet: Fleet | None = getattr(real, _ATTRIBUTE, None)
+    return _adopt(real) if fleet is None and getattr(app_base, "USING_EXECV", False) else fleet
+
+
+def _adopt(app: Any) -> Fleet | None:
+    """In a spawned child, give the app that tasks belong to the fleet of its twin.
+
+    Celery unpickles the worker's app there, without its attributes, and binds the tasks to that copy; the app that
+    ``setup_cache`` was called with is the one that importing the user's module made anew.
+    """
+    for twin in _state._get_active_apps():  # type: ignore[attr-defined]  # noqa: SLF001 - it has no public way
+        fleet: Fleet | None = getattr(twin, _ATTRIBUTE, None)
+        if fleet is not None and twin is not app and twin.main == app.main and not fleet.is_implicit:
+            setattr(app, _ATTRIBUTE, fleet)
+            app.mlcache = fleet.cache
+            return fleet
+    return None
 
 
 def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *, is_implicit: bool) -> Fleet:
@@ -133,6 +152,7 @@ def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *
     fleet = find_fleet(app)
     if fleet is None:
         fleet = Fleet(app, config, overrides)
+        fleet.is_implicit = True
         setattr(app, _ATTRIBUTE, fleet)
         app.mlcache = fleet.cache  # where users of a Celery extension look for it
         app.on_after_configure.connect(_hide_when_configured, weak=False, dispatch_uid="mlcache.hide")
@@ -158,19 +178,26 @@ def _hide_when_configured(sender: Celery, **_: Any) -> None:
     hide_passwords(sender.conf)
 
 
+def _own_settings(conf: Any) -> dict[str, str]:
+    """Return the ``mlcache_*`` names in *conf* by their spelling there: Django's carry ``CELERY_`` before them."""
+    namespace = getattr(conf, "prefix", None) or ""
+    names = {raw: raw.removeprefix(namespace) for raw in list(conf) if isinstance(raw, str)}
+    return {raw: name for raw, name in names.items() if name.lower().startswith(PREFIX)}
+
+
 def hide_passwords(conf: Any) -> None:
     """Move passwords out of ``mlcache_*_url`` into ``mlcache_redis_password``, which Celery masks.
 
     ``celery report``, ``inspect conf`` and Flower print every other setting as it is.
     """
-    for name in URL_SETTINGS:
-        url = conf.get(name)
-        if not isinstance(url, str) or "@" not in url or ";" in url:
+    for raw, name in _own_settings(conf).items():
+        url = conf[raw]
+        if name.lower() not in URL_SETTINGS or not isinstance(url, str) or "@" not in url or ";" in url:
             continue
         parts = urlsplit(url)
         user, _, password = parts.netloc.rpartition("@")[0].partition(":")
         if password:
             host = parts.netloc.rpartition("@")[2]
-            conf[name] = urlunsplit(parts._replace(netloc=f"{user}@{host}" if user else host))
+            conf[raw] = urlunsplit(parts._replace(netloc=f"{user}@{host}" if user else host))
             if not conf.get(PASSWORD_SETTING):
                 conf[PASSWORD_SETTING] = unquote(password)

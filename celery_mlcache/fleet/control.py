@@ -15,13 +15,16 @@ from celery_mlcache.errors import MLCacheError
 from celery_mlcache.fleet.app import find_fleet
 
 
-@control_command(args=[("keys", str)], variadic="keys", signature="KEY [KEY ...]")
+# No args=: Celery would take the first KEY for it, and the rest would replace that.
+@control_command(variadic="keys", signature="KEY [KEY ...]")
 def mlcache_invalidate(state: Any, keys: list[str] | str | None = None, **_: Any) -> dict[str, Any]:
     """Remove keys from the cache of every process of the fleet."""
     fleet = find_fleet(state.app)
     if fleet is None:
         return {"error": "this app has no cache: setup_cache(app) was not called"}
     wanted = [keys] if isinstance(keys, str) else list(keys or [])
+    if not wanted:
+        return {"error": "give the keys to invalidate"}
     try:
         with fleet.operator() as cache:
             removed = cache.delete_many(wanted)

@@ -78,10 +78,10 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     mlcache: ClassVar[Mapping[str, Any] | Options | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Wrap the ``run`` that this class defines: a staticmethod from ``@app.task``, or a method."""
+        """Wrap the ``run`` of this class: a staticmethod from ``@app.task``, a method, or that of another base."""
         super().__init_subclass__(**kwargs)
-        run = cls.__dict__.get("run")
-        if run is None or hasattr(run, _WRAPPED):
+        run: Any = inspect.getattr_static(cls, "run")
+        if run is Task.__dict__["run"] or hasattr(run, _WRAPPED):
             return
         is_static = isinstance(run, staticmethod)
         original = run.__func__ if is_static else run
