@@ -255,7 +255,9 @@ class _Session:
 
 
 def _pack(*command: Any) -> bytes:
-    packed: bytes = hiredis.pack_command(command)
+    # Numbers as bytes: see remote.py.
+    parts: Any = tuple([b"%d" % part if isinstance(part, int) else part for part in command])
+    packed: bytes = hiredis.pack_command(parts)
     return packed
 
 

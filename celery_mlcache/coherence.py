@@ -141,41 +141,63 @@ class Coherence:
         self._raise(ticket, stamp)
         return is_admitted
 
+    def missed(self, ticket: Ticket, stamp: int, floor: int) -> None:
+        """Note that L2 had nothing for the key but a tombstone of *stamp* (0: not even that) over *floor*.
+
+        A slower read under the same ticket may hold what was there before, and whoever is told of the miss must not
+        see the value again.
+        """
+        self.note(max(stamp, floor))
+        self.seen = max(self.seen, stamp, floor)
+        self._raise(ticket, stamp)
+        self._raise_floor(floor)
+
     def cancel(self, ticket: Ticket) -> None:
-        """The outcome of a write is unknown: it may happen yet. Nothing under this ticket enters L1."""
+        """The outcome of a write is unknown: it may happen yet. Nothing under this ticket enters L1.
+
+        Operations that begin later have a ticket of their own: they read after this, and are told if it happens.
+        """
         self._raise(ticket, _NEVER)
+        self._tickets.pop(ticket.key, None)
 
     def note(self, stamp: int) -> None:
         """Note that *stamp* exists."""
         self.highest = max(self.highest, stamp)
 
-    def horizon(self) -> tuple[int, int]:
-        """Return what a flight that begins now need not be asked about later: barrier and floor."""
-        return self.required, self.floor
+    def is_current(self, ticket: Ticket, token: int, barrier: int, age: float) -> bool:
+        """May a newcomer share the answer of a flight?
 
-    def is_current(self, ticket: Ticket, token: int, horizon: tuple[int, int]) -> bool:
-        """May a newcomer share the answer of a flight that read its miss at *token* (0: not yet)?
+        Not if anything happened to the key since, nor if a barrier was raised after the flight began. Without a lease
+        nothing tells what happened, so only a flight that is younger than the bound will do.
 
-        Not if anything happened to the key since, nor if a barrier or a floor was raised after the flight began.
+        Args:
+            ticket: The flight's.
+            token: The counter when it read its miss; 0: not yet.
+            barrier: What was required when it began.
+            age: Seconds since then.
         """
-        barrier, floor = horizon
+        is_covered = not self._synced or self.is_proven or age <= self._delta
         is_untouched = ticket.epoch == self.epoch and ticket.raised <= token
-        return is_untouched and barrier >= self.required and max(token, floor) >= self.floor
+        return is_covered and is_untouched and barrier >= self.required
 
     def fence(self, ticket: Ticket, token: int, taken_at: float, now: float) -> int | None:
         """Return the stamp that a fill may be fenced with, or None where it cannot be fenced any more."""
-        if not token or ticket.raised > token or self.floor > token:
+        if not token or ticket.raised > token:
             return None
         is_covered = self._synced and self.is_proven and ticket.epoch == self.epoch and now < self._proof_until
         if is_covered and self.applied >= token:
             token, taken_at = self.applied, max(self._proof_at, taken_at)
         return token if now - taken_at <= self._fence_life else None
 
+    def token(self) -> int:
+        """Return the newest stamp that a reader of ours may have to be told of, barriers handed on."""
+        return max(self.seen, self.required)
+
     def flushed(self, stamp: int) -> None:
         """This process raised the floor itself."""
         self.note(stamp)
         self.seen = max(self.seen, stamp)
-        self.floor = max(self.floor, stamp)
+        self._raise_floor(stamp)
 
     def void(self) -> None:
         """Start again with an empty L1; every ticket is dead."""
@@ -194,10 +216,12 @@ class Coherence:
                 ticket.raised = stamp
         if self.is_proven and stamp != self.applied + 1:
             return self._gap("reseed" if message.is_flush and stamp > self.applied else "hole")
-        is_flush = message.is_flush and stamp > self.floor
-        if is_flush:
-            self.floor = stamp
+        is_flush = False
         if self.is_proven:
+            # Not before the proof, which brings the floor itself: garbage must not raise one for good.
+            is_flush = message.is_flush and stamp > self.floor
+            if is_flush:
+                self._raise_floor(stamp)
             # Only in-order messages count as known to exist: garbage must not push the counter up.
             self.applied = stamp
             self.note(stamp)
@@ -217,7 +241,7 @@ class Coherence:
         if void:
             self.epoch += 1
         self.applied = pulse.stamp
-        self.floor = max(self.floor, pulse.floor) if void != "regress" else pulse.floor
+        self.floor = pulse.floor if void else max(self.floor, pulse.floor)
         self.is_proven = True
         self.note(pulse.stamp)
         self.seen = max(self.seen, pulse.stamp)
@@ -243,9 +267,9 @@ class Coherence:
             # Nobody will tell when it has been applied: start again with an empty L1.
             self.epoch += 1
             return Act(void="barrier")
-        if stamp > self.required:
-            self.required, self._barrier_at = stamp, now
-            self._grant()
+        # The time of the last one, even if it asks for less: lifting a bogus one must not lift it too.
+        self.required, self._barrier_at = max(stamp, self.required), now
+        self._grant()
         return Act(ask=True)
 
     def may_serve(self, now: float, max_stale: float) -> bool:
@@ -258,6 +282,12 @@ class Coherence:
         for open_ticket in (ticket, self._tickets.get(ticket.key)):
             if open_ticket is not None and open_ticket.raised < stamp:
                 open_ticket.raised = stamp
+
+    def _raise_floor(self, floor: int) -> None:
+        if floor > self.floor:
+            self.floor = floor
+            for ticket in self._tickets.values():
+                ticket.raised = max(ticket.raised, floor)
 
     def _gap(self, reason: str) -> Act:
         self.epoch += 1

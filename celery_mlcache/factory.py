@@ -91,6 +91,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
             counts=stats,
             clock=clock,
             max_idle=config.redis_max_connections,
+            tombstone_ttl=config.tombstone_ttl,
         )
         if is_synced:
             backplane = Backplane(
@@ -143,7 +144,6 @@ def _policy(config: CacheConfig, *, strict: bool) -> Policy:
         namespace=config.cache_namespace,
         l2_ttl=config.l2_ttl,
         ttl_jitter=config.ttl_jitter,
-        tombstone_ttl=config.tombstone_ttl,
         is_signed=bool(config.signing_keys),
         strict=strict or config.strict,
     )
@@ -211,7 +211,6 @@ def _patience(config: CacheConfig) -> dict[str, Any]:
         "socket_timeout": config.redis_socket_timeout,
         "socket_connect_timeout": config.redis_connect_timeout,
         "retry": Retry(NoBackoff(), 0),
-        "retry_on_timeout": False,
     }
 
 

@@ -98,7 +98,8 @@ def parse_token(token: object, namespace: str) -> int:
         ValueError: It is not a token of this namespace.
     """
     owner, _, digits = token.rpartition("@") if isinstance(token, str) else ("", "", "")
-    if owner != namespace or not (digits.isascii() and digits.isdigit()) or int(digits) > MAX_STAMP:
+    is_number = digits.isascii() and digits.isdigit() and len(digits) <= len(str(MAX_STAMP))
+    if owner != namespace or not is_number or int(digits) > MAX_STAMP:
         msg = f"barrier() takes a token of the namespace {namespace!r}, not {token!r:.80}"
         raise ValueError(msg)
     return int(digits)

@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from types import TracebackType
@@ -37,14 +38,14 @@ from celery_mlcache.errors import (
     SerializationError,
 )
 from celery_mlcache.keys import check_key, format_token, parse_token
-from celery_mlcache.protocols import Filled, RemoteStore, Snapshot, ValueCodec
+from celery_mlcache.protocols import RemoteStore, Snapshot, ValueCodec
 from celery_mlcache.singleflight import Flight, SingleFlight
 from celery_mlcache.stats import Stats
 from celery_mlcache.tier import Shelved, Tier
 from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER
 
 T = TypeVar("T")
-_Call = tuple[Callable[[], Any], float, Sequence[str]]  # loader, seconds of life, tags
+_Call = tuple[Callable[[], Any], float | None, Sequence[str]]  # loader, ttl, tags
 
 BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
 MAX_CAS_TRIES: Final = 100
@@ -60,7 +61,6 @@ class Policy:
     namespace: str
     l2_ttl: float = 3600.0
     ttl_jitter: float = 0.0
-    tombstone_ttl: float = 60.0
     is_signed: bool = False
     strict: bool = False
 
@@ -83,16 +83,18 @@ class Parts:
 class _Lead:
     """What a flight's leader has seen so far: newcomers judge by it whether they may share its answer."""
 
-    __slots__ = ("horizon", "ticket", "tier", "token")
+    __slots__ = ("barrier", "began", "clock", "ticket", "tier", "token")
 
-    def __init__(self, tier: Tier, ticket: Ticket) -> None:
+    def __init__(self, tier: Tier, ticket: Ticket, clock: Callable[[], float]) -> None:
         self.tier = tier
         self.ticket = ticket
-        self.horizon = tier.coherence.horizon()
+        self.clock = clock
+        self.began = clock()
+        self.barrier = tier.coherence.required
         self.token = 0
 
     def is_current(self) -> bool:
-        return self.tier.is_current(self.ticket, self.token, self.horizon)
+        return self.tier.is_current(self.ticket, self.token, self.barrier, self.clock() - self.began)
 
 
 @dataclass(slots=True)
@@ -105,7 +107,7 @@ class _Found:
     shelved: Shelved = (None, None)
     token: int = 0
     stamp: int = 0
-    is_unreadable: bool = False
+    is_absent: bool = False  # no live value, readable or not
     is_unanswered: bool = False
 
 
@@ -116,6 +118,7 @@ class _Draft:
     found: _Found
     tail: bytes
     shelved: Shelved
+    life: float  # seconds
 
 
 class CacheManager:
@@ -279,7 +282,10 @@ class CacheManager:
         if parts.tier.look(key) is not MISS:
             return True
         snapshot = self._peek_remote(parts, key)
-        return snapshot is not None and snapshot.data is not None
+        is_there = snapshot is not None and snapshot.data is not None
+        parts.stats.l2_hits += is_there
+        parts.stats.misses += not is_there
+        return is_there
 
     __contains__ = exists
 
@@ -334,6 +340,8 @@ class CacheManager:
             RemoteStoreError: Only with ``strict``.
             SerializationError: Only with ``strict``; else a result that cannot be stored is returned and counted.
         """
+        if ttl is not None:
+            check_ttl(ttl)
         lease = self._coherence.lease_until  # as in get(), and written out for the same reason
         try:
             entry = self._front_get(key)
@@ -351,11 +359,11 @@ class CacheManager:
     def _get_or_set_slow(self, key: str, loader: Callable[[], Any], ttl: float | None, tags: Sequence[str]) -> Any:
         parts = self._parts or self._start()
         key = check_key(key)
-        life = self._life(parts, ttl)
         value = parts.tier.look(key)
         if value is not MISS:
             return value
         if parts.remote is None and parts.tier.local is None:
+            parts.stats.misses += 1
             return self._load(parts, loader)  # switched off: every loader runs
         flight, is_leader = parts.flights.board(key, _is_current)
         if not is_leader:
@@ -364,11 +372,11 @@ class CacheManager:
             parts.stats.coalesced += 1
             return _own_copy(flight.result)
         with flight, parts.tier.tickets((key,)) as tickets:
-            return self._lead(parts, flight, _Lead(parts.tier, tickets[0]), (loader, life, tags))
+            return self._lead(parts, flight, _Lead(parts.tier, tickets[0], self._clock), (loader, ttl, tags))
 
     def _lead(self, parts: Parts, flight: Flight, lead: _Lead, call: _Call) -> Any:
         """Find or load for everybody who follows this flight."""
-        loader, life, tags = call
+        loader, ttl, tags = call
         flight.ticket = lead
         (found,) = self._find_many(parts, [lead.ticket])
         lead.token = found.token
@@ -378,11 +386,11 @@ class CacheManager:
             return found.value
         parts.stats.misses += 1
         loaded = self._load(parts, loader)
-        draft = self._draft(parts, found, loaded, tags)
+        draft = self._draft(parts, found, loaded, (ttl, tags))
         if draft is None:
             flight.land(None)
             return loaded
-        winner = self._fill(parts, [draft], life).get(lead.ticket.key)
+        winner = self._fill(parts, [draft]).get(lead.ticket.key)
         flight.land(draft.shelved if winner is None else winner.shelved)
         return loaded if winner is None else winner.value
 
@@ -401,7 +409,8 @@ class CacheManager:
         as :meth:`get_or_set`.
         """
         parts = self._parts or self._start()
-        life = self._life(parts, ttl)
+        if ttl is not None:
+            check_ttl(ttl)
         found, missing = self._look_many(parts, keys)
         if not missing:
             return found
@@ -420,10 +429,10 @@ class CacheManager:
                 for seen in absent:
                     if seen.ticket.key in loaded:
                         found[seen.ticket.key] = value = loaded[seen.ticket.key]
-                        draft = self._draft(parts, seen, value, tags)
+                        draft = self._draft(parts, seen, value, (ttl, tags))
                         if draft is not None:
                             drafts.append(draft)
-                for key, winner in self._fill(parts, drafts, life).items():
+                for key, winner in self._fill(parts, drafts).items():
                     found[key] = winner.value
         return found
 
@@ -452,8 +461,11 @@ class CacheManager:
         finally:
             parts.stats.load_seconds += self._clock() - began
 
-    def _draft(self, parts: Parts, found: _Found, value: Any, tags: Sequence[str]) -> _Draft | None:
-        key = found.ticket.key
+    def _draft(
+        self, parts: Parts, found: _Found, value: Any, options: tuple[float | None, Sequence[str]]
+    ) -> _Draft | None:
+        """Return *value* ready to be stored with *options* (ttl, tags), or None where the codec refuses it."""
+        key, (ttl, tags) = found.ticket.key, options
         try:
             tail = parts.codec.encode(key, value, tags=tags)
             shelved = parts.codec.shelve(key, value, tail)
@@ -462,61 +474,93 @@ class CacheManager:
             if parts.policy.strict:
                 raise
             if parts.stats.unserializable == 1:
-                log.warning("a loaded value cannot be cached", extra={"key": key, "why": str(exc)})
+                log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})
             return None
-        return _Draft(found, tail, shelved)
+        return _Draft(found, tail, shelved, self._life(parts, ttl))
 
-    def _fill(self, parts: Parts, drafts: Sequence[_Draft], life: float) -> dict[str, _Found]:
+    def _fill(self, parts: Parts, drafts: Sequence[_Draft]) -> dict[str, _Found]:
         """Store by fenced adds; return the live values that were there already, by key."""
+        if parts.remote is None:
+            return self._fill_local(parts, drafts)
         fenced: list[tuple[_Draft, int]] = []
         for draft in drafts:
             token = self._fence(parts, draft.found)
             if token is None:
                 parts.stats.fills_refused += 1
-            else:
+            elif draft.found.is_absent:
                 fenced.append((draft, token))
+            else:
+                # A live value that cannot be read would win over every filler until it expires: swap it for ours.
+                self._swap(parts, parts.remote, draft)
         winners: dict[str, _Found] = {}
         for batch in _batches(fenced):
-            winners |= self._fill_batch(parts, batch, life)
+            winners |= self._fill_remote(parts, parts.remote, batch)
         return winners
 
     def _fence(self, parts: Parts, found: _Found) -> int | None:
         """Return the stamp that a store after *found* may be fenced with, or None."""
         if found.is_unanswered:
             return None  # L2 did not answer the read
-        if parts.remote is None:
-            return found.token if parts.tier.admits(found.ticket, found.token) else None
         return parts.tier.fence(found.ticket, found.token, found.taken_at)
 
-    def _fill_batch(self, parts: Parts, batch: Sequence[tuple[_Draft, int]], life: float) -> dict[str, _Found]:
+    def _fill_remote(self, parts: Parts, remote: RemoteStore, batch: Sequence[tuple[_Draft, int]]) -> dict[str, _Found]:
         sent_at = self._clock()
-        if parts.remote is None:
-            outcomes = [Filled(is_stored=True, winner=None) for _ in batch]
-        else:
-            # A live value that cannot be read would win over every filler until it expires: swap it for ours.
-            for draft, _ in batch:
-                if draft.found.is_unreadable:
-                    self._swap(parts, draft, life)
-            batch = [(draft, token) for draft, token in batch if not draft.found.is_unreadable]
-            try:
-                items = [(draft.found.ticket.key, draft.tail, life, token) for draft, token in batch]
-                outcomes = parts.remote.fill(items) if items else []
-            except RemoteStoreError as exc:
-                self._dropped(parts, exc)
-                return {}
+        try:
+            outcomes = remote.fill([(draft.found.ticket.key, draft.tail, draft.life, token) for draft, token in batch])
+        except RemoteStoreError as exc:
+            self._dropped(parts, exc, len(batch))
+            return {}
         winners: dict[str, _Found] = {}
         for (draft, token), outcome in zip(batch, outcomes, strict=True):
+            ticket = draft.found.ticket
             if outcome.is_stored:
                 parts.stats.fills += 1
-                parts.tier.keep(draft.found.ticket, token, draft.shelved, (sent_at, life))
+                parts.tier.keep(ticket, token, draft.shelved, (sent_at, draft.life))
             elif outcome.winner is not None:
                 parts.stats.fills_lost += 1
-                winner = self._take(parts, draft.found.ticket, outcome.winner, sent_at)
+                winner = self._take(parts, ticket, outcome.winner, sent_at)
                 if winner.value is not MISS:
-                    winners[winner.ticket.key] = winner
+                    winners[ticket.key] = winner
             else:
                 parts.stats.fills_refused += 1
         return winners
+
+    def _fill_local(self, parts: Parts, drafts: Sequence[_Draft]) -> dict[str, _Found]:
+        """Where L1 is all there is: a fill stores nothing over a live value, or over what happened since the miss."""
+        winners: dict[str, _Found] = {}
+        for draft in drafts:
+            found = draft.found
+            with parts.tier.alone:
+                now = self._clock()
+                entry = parts.tier.live(found.ticket.key)
+                if entry is None and parts.tier.admits(found.ticket, found.token):
+                    parts.stats.fills += 1
+                    parts.tier.keep(found.ticket, found.token, draft.shelved, (now, draft.life))
+                elif entry is None:
+                    parts.stats.fills_refused += 1
+            if entry is not None:
+                parts.stats.fills_lost += 1
+                shelved = (entry.value, entry.thaw)
+                winners[found.ticket.key] = _Found(found.ticket, now, value=entry.read(), shelved=shelved)
+        return winners
+
+    def _swap(self, parts: Parts, remote: RemoteStore, draft: _Draft) -> None:
+        """Store by compare and set over what was found, if no one has written or removed the key since."""
+        found, sent_at = draft.found, self._clock()
+        key = found.ticket.key
+        try:
+            with parts.tier.writing((key,)):
+                stamp = remote.replace(
+                    key, draft.tail, expected=found.stamp, ttl=draft.life, seen=parts.tier.highest_stamp()
+                )
+        except RemoteStoreError as exc:
+            self._dropped(parts, exc)
+            return
+        if stamp is None:
+            parts.stats.fills_refused += 1
+        else:
+            parts.stats.fills += 1
+            parts.tier.keep(found.ticket, stamp, draft.shelved, (sent_at, draft.life))
 
     # ---- writing --------------------------------------------------------------------------------------------
 
@@ -549,27 +593,37 @@ class CacheManager:
 
     def _set_many(self, items: Sequence[tuple[str, Any]], ttl: float | None, tags: Sequence[str]) -> bool:
         parts = self._parts or self._start()
-        life = self._life(parts, ttl)
-        tails = [(check_key(key), parts.codec.encode(key, value, tags=tags)) for key, value in items]
-        shelved = [parts.codec.shelve(key, value, tail) for (key, value), (_, tail) in zip(items, tails, strict=True)]
+        if ttl is not None:
+            check_ttl(ttl)
+        lots: list[tuple[str, bytes, float]] = []
+        shelved = []
+        for given, value in items:
+            key = check_key(given)
+            tail = parts.codec.encode(key, value, tags=tags)
+            lots.append((key, tail, self._life(parts, ttl)))
+            shelved.append(parts.codec.shelve(key, value, tail))
         is_stored = True
-        for batch in _batches(range(len(items))):
-            lot = [(tails[i][0], tails[i][1], life) for i in batch]
+        for batch in _batches(range(len(lots))):
+            lot = [lots[i] for i in batch]
             try:
-                with parts.tier.writing([key for key, _, _ in lot]) as tickets:
+                with self._alone(parts), parts.tier.writing([key for key, _, _ in lot]) as tickets:
                     sent_at = self._clock()
                     if parts.remote is not None:
                         stamp = parts.remote.write(lot, seen=parts.tier.highest_stamp())
                     else:
                         stamp = parts.tier.own_stamp()
                     for ticket, i in zip(tickets, batch, strict=True):
-                        parts.tier.keep(ticket, stamp, shelved[i], (sent_at, life))
+                        parts.tier.keep(ticket, stamp, shelved[i], (sent_at, lots[i][2]))
             except RemoteStoreError as exc:
                 self._dropped(parts, exc, len(lot))
                 is_stored = False
             else:
                 parts.stats.writes += len(lot)
         return is_stored and (parts.remote is not None or parts.tier.local is not None)
+
+    def _alone(self, parts: Parts) -> AbstractContextManager[Any]:
+        """Make one step of looking and writing where L1 is all there is; in L2 the script is one already."""
+        return parts.tier.alone if parts.remote is None else _TOGETHER
 
     def add(self, key: str, value: Any, ttl: float | None = None) -> bool:
         """Store *value* only if *key* has no live value, atomically in L2; return whether it was stored.
@@ -582,7 +636,7 @@ class CacheManager:
         tail = parts.codec.encode(key, value)
         shelved = parts.codec.shelve(key, value, tail)
         try:
-            with parts.tier.writing((key,)) as (ticket,):
+            with self._alone(parts), parts.tier.writing((key,)) as (ticket,):
                 sent_at = self._clock()
                 if parts.remote is not None:
                     stamp = parts.remote.add(key, tail, life, seen=parts.tier.highest_stamp())
@@ -628,7 +682,7 @@ class CacheManager:
         fresh = _checked_sum(key, initial, delta)
         _checked_sum(key, 0, delta)
         try:
-            with parts.tier.writing((key,)) as (ticket,):
+            with self._alone(parts), parts.tier.writing((key,)) as (ticket,):
                 sent_at = self._clock()
                 if parts.remote is None:
                     stamp, number, remaining = self._increment_local(parts, key, delta, fresh, life)
@@ -701,7 +755,7 @@ class CacheManager:
         key = check_key(key)
         life = self._life(parts, ttl)
         try:
-            with parts.tier.writing((key,)) as (ticket,):
+            with self._alone(parts), parts.tier.writing((key,)) as (ticket,):
                 if parts.remote is None:
                     return self._touch_local(parts, ticket, life)
                 stamp = parts.remote.touch(key, life, seen=parts.tier.highest_stamp())
@@ -729,51 +783,45 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         key = check_key(key)
-        life = self._life(parts, ttl)
+        if ttl is not None:
+            check_ttl(ttl)
         with parts.tier.tickets((key,)) as tickets:
             before = self._observe(parts, tickets[0])
             value = self._load(parts, loader)
-            draft = self._draft(parts, before, value, tags)
-            if draft is not None:
-                self._swap(parts, draft, life)
+            # Whether it gets stored or something newer is there: no older copy may answer after this.
+            parts.tier.drop(key, before.token)
+            draft = self._draft(parts, before, value, (ttl, tags))
+            if draft is None:
+                return value
+            if parts.remote is None:
+                self._swap_local(parts, draft)
+            elif before.is_absent or self._fence(parts, before) is None:
+                self._fill(parts, [draft])
+            else:
+                self._swap(parts, parts.remote, draft)
         return value
 
     def _observe(self, parts: Parts, ticket: Ticket) -> _Found:
         """Note what the key is before a loader runs, taking no copy."""
-        found = _Found(ticket, self._clock(), token=parts.tier.highest_stamp())
+        found = _Found(ticket, self._clock(), token=parts.tier.highest_stamp(), is_absent=True)
         if parts.remote is not None:
             snapshot = self._peek_remote(parts, ticket.key)
             if snapshot is None:
                 found.is_unanswered = True
             else:
                 found.token, found.stamp = snapshot.token, snapshot.stamp
+                found.is_absent = snapshot.data is None
         return found
 
-    def _swap(self, parts: Parts, draft: _Draft, life: float) -> None:
-        """Store by compare and set, if no one has written or removed the key since it was observed."""
-        found, sent_at = draft.found, self._clock()
-        stamp: int | None = None
-        if self._fence(parts, found) is not None:
-            try:
-                with parts.tier.writing((found.ticket.key,)):
-                    if parts.remote is None:
-                        stamp = parts.tier.own_stamp()
-                    else:
-                        stamp = parts.remote.replace(
-                            found.ticket.key,
-                            draft.tail,
-                            expected=found.stamp,
-                            ttl=life,
-                            seen=parts.tier.highest_stamp(),
-                        )
-            except RemoteStoreError as exc:
-                self._dropped(parts, exc)
-                return
-        if stamp is None:
-            parts.stats.fills_refused += 1
-            return
-        parts.stats.fills += 1
-        parts.tier.keep(found.ticket, stamp, draft.shelved, (sent_at, life))
+    def _swap_local(self, parts: Parts, draft: _Draft) -> None:
+        found = draft.found
+        with parts.tier.alone:
+            is_untouched = parts.tier.admits(found.ticket, found.token)
+            if is_untouched:
+                stamp = parts.tier.own_stamp()
+                parts.tier.keep(found.ticket, stamp, draft.shelved, (self._clock(), draft.life))
+        parts.stats.fills += is_untouched
+        parts.stats.fills_refused += not is_untouched
 
     def delete(self, key: str) -> bool:
         """Remove *key* from every level and every process; return whether L2 (or else L1) had a live value.
@@ -791,10 +839,9 @@ class CacheManager:
         removed = 0
         for batch in _batches(list(dict.fromkeys(check_key(key) for key in keys))):
             try:
-                with parts.tier.writing(batch) as tickets:
+                with self._alone(parts), parts.tier.writing(batch) as tickets:
                     if parts.remote is not None:
-                        tombstone = parts.policy.tombstone_ttl
-                        stamp, count = parts.remote.delete(batch, tombstone=tombstone, seen=parts.tier.highest_stamp())
+                        stamp, count = parts.remote.delete(batch, seen=parts.tier.highest_stamp())
                     else:
                         count = sum(parts.tier.live(key) is not None for key in batch)
                         stamp = parts.tier.own_stamp()
@@ -836,7 +883,7 @@ class CacheManager:
     def token(self) -> str:
         """Return the causal token of all that this process has written, applied or read so far."""
         parts = self._parts or self._start()
-        return format_token(parts.policy.namespace, parts.tier.coherence.seen)
+        return format_token(parts.policy.namespace, parts.tier.coherence.token())
 
     def barrier(self, token: str) -> None:
         """See to it that no later read here is older than what the sender of *token* had seen; never waits.
@@ -848,6 +895,8 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         stamp = parse_token(token, parts.policy.namespace)
+        if parts.remote is None:
+            return  # every stamp is this process's own
         if parts.tier.barrier(stamp) and parts.backplane is not None:
             parts.backplane.ask_soon()
 
@@ -919,13 +968,20 @@ class CacheManager:
         return found, missing
 
     def _peek_remote(self, parts: Parts, key: str) -> Snapshot | None:
+        """Ask L2 without taking a copy; what L1 has from before must not answer afterwards."""
         if parts.remote is None:
             return None
-        try:
-            return parts.remote.read((key,), seen=parts.tier.highest_stamp())[0]
-        except RemoteStoreError as exc:
-            self._failed(parts, exc)
-            return None
+        with parts.tier.tickets((key,)) as (ticket,):
+            try:
+                snapshot = parts.remote.read((key,), seen=parts.tier.highest_stamp())[0]
+            except RemoteStoreError as exc:
+                self._failed(parts, exc)
+                return None
+            if snapshot.data is None:
+                parts.tier.missed(ticket, snapshot)
+            else:
+                parts.tier.met(ticket, snapshot.stamp)
+            return snapshot
 
     def _fetch(self, parts: Parts, remote: RemoteStore, tickets: Sequence[Ticket]) -> list[_Found]:
         """Read L2 in one round trip, and keep copies of what the tickets still admit."""
@@ -940,19 +996,18 @@ class CacheManager:
         ]
 
     def _take(self, parts: Parts, ticket: Ticket, snapshot: Snapshot, sent_at: float) -> _Found:
-        found = _Found(ticket, sent_at, token=snapshot.token, stamp=snapshot.stamp)
+        found = _Found(ticket, sent_at, token=snapshot.token, stamp=snapshot.stamp, is_absent=snapshot.data is None)
         if snapshot.data is not None and snapshot.remaining is not None:
             try:
                 decoded = parts.codec.decode(ticket.key, snapshot.data)
             except CodecError as exc:
                 parts.stats.add_codec_miss(exc.reason)
-                found.is_unreadable = True
             else:
                 found.shelved = parts.codec.shelve_decoded(ticket.key, decoded, snapshot.data[HEAD_SIZE:])
                 found.value = decoded.value
                 parts.tier.keep(ticket, snapshot.stamp, found.shelved, (sent_at, snapshot.remaining))
                 return found
-        parts.tier.missed(ticket, snapshot.token)
+        parts.tier.missed(ticket, snapshot)
         return found
 
     def _failed(self, parts: Parts, exc: RemoteStoreError) -> None:
@@ -1017,5 +1072,6 @@ def _after_fork_in_child() -> None:
 
 
 _MANAGERS: weakref.WeakSet[CacheManager] = weakref.WeakSet()
+_TOGETHER: Final = nullcontext()
 _NO_FRONT: Final[dict[str, Entry]] = {}
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -124,7 +124,7 @@ class RemoteStore(Protocol):
         """Store if the key's stamp is still *expected* (0: nothing there); keep its life if ttl is None."""
         ...
 
-    def delete(self, keys: Sequence[str], *, tombstone: float, seen: int) -> tuple[int, int]:
+    def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
         """Put tombstones; return ``(stamp, number of live values removed)``."""
         ...
 

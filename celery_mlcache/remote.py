@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -45,7 +46,7 @@ from celery_mlcache.protocols import Filled, Guard, RemoteCounts, Snapshot
 from celery_mlcache.wire import KIND_TOMBSTONE, MAX_STAMP, split_value
 
 REMOTE_ERRORS: Final = (RedisError, OSError)
-BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
+_RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
 
 
 class Script:
@@ -74,6 +75,7 @@ class RedisRemote:
         counts: Where errors are counted.
         clock: Seconds, monotonic.
         max_idle: Connections kept between calls.
+        tombstone_ttl: Seconds that what is left of a removed value refuses late fills.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class RedisRemote:
         counts: RemoteCounts,
         clock: Callable[[], float],
         max_idle: int,
+        tombstone_ttl: float,
     ) -> None:
         self._connect = connect
         self._names = names
@@ -92,7 +95,10 @@ class RedisRemote:
         self._counts = counts
         self._clock = clock
         self._max_idle = max_idle
+        self._tombstone = milliseconds(tombstone_ttl)
         self._idle: deque[AbstractConnection] = deque()
+        self._open: set[AbstractConnection] = set()  # idle or busy: what a forked child has to let go of
+        self._pid = os.getpid()
         self._control = (names.counter, names.floor)
         self._seed, self._write, self._replace = Script("seed"), Script("write"), Script("replace")
         self._delete, self._fill, self._increment = Script("delete"), Script("fill"), Script("increment")
@@ -121,7 +127,7 @@ class RedisRemote:
 
     def seed(self, *, seen: int) -> tuple[int, int]:
         """Make sure that counter and floor exist and are not behind *seen*; return them."""
-        reply = self._call("seed", self._seed, (), (seen,))
+        reply = self._call("seed", self._seed, (), (), seen=seen)
         with self._understanding("seed"):
             counter, floor = reply
             return int(counter), int(floor)
@@ -137,40 +143,40 @@ class RedisRemote:
     def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
         """Store all under one stamp with one announcement; see the protocol."""
         keys = [key for key, _, _ in items]
-        arguments: list[Any] = [seen, _joined(keys)]
+        arguments: list[Any] = [_joined(keys)]
         for _, tail, ttl in items:
             arguments += (milliseconds(ttl), tail)
-        reply = self._call("write", self._write, keys, arguments)
+        reply = self._call("write", self._write, keys, arguments, seen=seen)
         with self._understanding("write"):
             return _stamp(reply)
 
     def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
         """Store if no live value is there."""
-        return self._replace_if("add", key, (seen, key, milliseconds(ttl), tail, ""))
+        return self._replace_if("add", key, (key, milliseconds(ttl), tail, ""), seen)
 
     def replace(self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int) -> int | None:
         """Compare the stamp and set."""
         life = "" if ttl is None else milliseconds(ttl)
-        return self._replace_if("replace", key, (seen, key, life, tail, expected))
+        return self._replace_if("replace", key, (key, life, tail, expected), seen)
 
-    def _replace_if(self, op: str, key: str, arguments: Sequence[Any]) -> int | None:
-        reply = self._call(op, self._replace, (key,), arguments, is_repeatable=False)
+    def _replace_if(self, op: str, key: str, arguments: Sequence[Any], seen: int) -> int | None:
+        reply = self._call(op, self._replace, (key,), arguments, seen=seen, is_repeatable=False)
         with self._understanding(op):
             return _stamp(reply, allow_none=True) or None
 
-    def delete(self, keys: Sequence[str], *, tombstone: float, seen: int) -> tuple[int, int]:
+    def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
         """Put tombstones under one stamp with one announcement."""
-        reply = self._call("delete", self._delete, keys, (seen, _joined(keys), milliseconds(tombstone)))
+        reply = self._call("delete", self._delete, keys, (_joined(keys),), seen=seen)
         with self._understanding("delete"):
             stamp, removed = reply
             return _stamp(stamp), int(removed)
 
     def fill(self, items: Sequence[tuple[str, bytes, float, int]]) -> list[Filled]:
         """Store what nothing has passed since its token."""
-        arguments: list[Any] = [0]
+        arguments: list[Any] = []
         for _, tail, ttl, token in items:
             arguments += (token, milliseconds(ttl), tail)
-        reply = self._call("fill", self._fill, [key for key, *_ in items], arguments, is_repeatable=False)
+        reply = self._call("fill", self._fill, [key for key, *_ in items], arguments, seen=0, is_repeatable=False)
         with self._understanding("fill"):
             *outcomes, counter, floor, now_us = reply
             order = (int(now_us) / 1000, int(counter), int(floor))
@@ -185,8 +191,8 @@ class RedisRemote:
         """Add in Lua; see the protocol."""
         number, tail, ttl = initial
         try:
-            arguments = (seen, key, delta, milliseconds(ttl), tail, number)
-            reply = self._call("increment", self._increment, (key,), arguments, is_repeatable=False)
+            arguments = (key, delta, milliseconds(ttl), tail, number)
+            reply = self._call("increment", self._increment, (key,), arguments, seen=seen, is_repeatable=False)
         except RemoteStoreError as exc:
             if "NOTINTEGER" in exc.why:
                 raise NotAnIntegerError(key, "holds something that is not an integer") from None
@@ -199,13 +205,13 @@ class RedisRemote:
 
     def touch(self, key: str, ttl: float, *, seen: int) -> int | None:
         """Give a live value a new life."""
-        reply = self._call("touch", self._touch, (key,), (seen, key, milliseconds(ttl)))
+        reply = self._call("touch", self._touch, (key,), (key, milliseconds(ttl)), seen=seen)
         with self._understanding("touch"):
             return _stamp(reply, allow_none=True) or None
 
     def clear(self, *, seen: int) -> int:
         """Raise the floor over everything stored."""
-        reply = self._call("clear", self._clear, (), (seen,))
+        reply = self._call("clear", self._clear, (), (), seen=seen)
         with self._understanding("clear"):
             return _stamp(reply)
 
@@ -218,21 +224,28 @@ class RedisRemote:
                 connection = self._idle.pop()
             except IndexError:
                 return
-            _disconnect(connection)
+            self._drop(connection, is_clean=True)
 
     def abandon(self) -> None:
         """In a forked child: let go of the parent's sockets without a word on them.
 
         Closes this process's copies of the descriptors; no destructor of an inherited object runs a protocol.
         """
-        for connection in list(self._idle):
+        for connection in self._open:
             abandon_socket(connection)
 
     def _call(
-        self, op: str, script: Script, keys: Sequence[str], arguments: Sequence[Any], *, is_repeatable: bool = True
+        self,
+        op: str,
+        script: Script,
+        keys: Sequence[str],
+        arguments: Sequence[Any],
+        *,
+        seen: int,
+        is_repeatable: bool = True,
     ) -> Any:
         names = [*self._control, *[self._names.value(key) for key in keys]]
-        rest = (len(names), *names, self._names.channel, *arguments)
+        rest = (len(names), *names, self._names.channel, seen, self._tombstone, *arguments)
         try:
             packed = _pack(("EVALSHA", script.sha, *rest))
             return self._exchange(op, packed, replies=1, is_repeatable=is_repeatable)[0]
@@ -244,6 +257,9 @@ class RedisRemote:
 
     def _exchange(self, op: str, packed: bytes, replies: int, *, is_repeatable: bool = True) -> list[Any]:
         """Send and read: the one place where breaker, error wrapping and counting stand."""
+        if os.getpid() != self._pid:
+            # A call that was under way when this process was forked comes out of its loader in the child.
+            raise RemoteStoreError(op, "this connection belongs to the parent process")
         if not self._guard.allow():
             self._counts.l2_rejected += 1
             raise RemoteStoreError(op, "the circuit is open")
@@ -294,7 +310,7 @@ class RedisRemote:
             if is_clean and len(self._idle) < self._max_idle:
                 self._idle.append(connection)
             else:
-                _disconnect(connection)
+                self._drop(connection, is_clean=is_clean)
         if refusal is not None:
             raise refusal
         return answers
@@ -307,14 +323,26 @@ class RedisRemote:
                 break
             if not must_live or _is_quiet(connection):
                 return connection, True
-            _disconnect(connection)
+            self._drop(connection, is_clean=True)
         connection = self._connect()
+        self._open.add(connection)
         try:
             connection.connect()
         except BaseException:
-            _disconnect(connection)
+            self._drop(connection, is_clean=True)
             raise
         return connection, False
+
+    def _drop(self, connection: AbstractConnection, *, is_clean: bool) -> None:
+        self._open.discard(connection)
+        sock = socket_of(connection)
+        with contextlib.suppress(*REMOTE_ERRORS):
+            if not is_clean and sock is not None:
+                # A reset takes back what still waits in the buffers: a frozen server must not run, minutes later, a
+                # command whose caller has long given it up.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                sock.close()
+            connection.disconnect()
 
     @contextlib.contextmanager
     def _understanding(self, op: str) -> Iterator[None]:
@@ -338,7 +366,10 @@ def _snapshot(data: Any, now_ms: float, counter: int, floor: int) -> Snapshot:
     if kind == KIND_TOMBSTONE:
         return Snapshot(None, stamp, counter, floor, None)
     # The clock was read before the value, and the caller counts from before it asked: never too long.
-    return Snapshot(data, stamp, counter, floor, max(0.0, (expires_ms - now_ms) / 1000))
+    remaining = (expires_ms - now_ms) / 1000
+    if remaining <= 0:
+        return Snapshot(None, stamp, counter, floor, None)  # the key outlives a short-lived value, as its tombstone
+    return Snapshot(data, stamp, counter, floor, remaining)
 
 
 def _filled(outcome: Any, order: tuple[float, int, int]) -> Filled:
@@ -358,7 +389,10 @@ def _stamp(reply: Any, *, allow_none: bool = False) -> int:
 
 
 def _pack(command: tuple[Any, ...]) -> bytes:
-    packed: bytes = hiredis.pack_command(command)
+    # Numbers as bytes: hiredis 3 calls back into Python for an int, and takes the process down if a signal handler
+    # (Celery's soft time limit) raises in there.
+    parts: Any = tuple([b"%d" % part if isinstance(part, int) else part for part in command])
+    packed: bytes = hiredis.pack_command(parts)
     return packed
 
 
@@ -374,14 +408,14 @@ def _is_quiet(connection: AbstractConnection) -> bool:
         return False
 
 
-def _disconnect(connection: AbstractConnection) -> None:
-    with contextlib.suppress(*REMOTE_ERRORS):
-        connection.disconnect()
+def socket_of(connection: AbstractConnection) -> socket.socket | None:
+    """Return redis-py's socket; it has no public way to it."""
+    return getattr(connection, "_sock", None)
 
 
 def abandon_socket(connection: AbstractConnection) -> None:
     """Close this process's copy of an inherited connection's descriptor, telling the server nothing."""
-    sock: socket.socket | None = getattr(connection, "_sock", None)  # redis-py has no public way to its socket
+    sock = socket_of(connection)
     if sock is not None:
         with contextlib.suppress(OSError):
             os.close(sock.detach())

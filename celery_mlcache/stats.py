@@ -41,7 +41,7 @@ class Stats:
     messages: int = 0
     message_garbage: int = 0
     flushes: int = 0
-    reseeds: int = 0
+    reseeds: int = 0  # the counter was lost or ran backward, and starts anew
     subscriptions: int = 0
     subscription_losses: int = 0
     load_seconds: float = 0.0  # time spent in loaders

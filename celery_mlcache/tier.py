@@ -18,8 +18,9 @@ from typing import Any, Final, Literal
 
 from celery_mlcache.coherence import Act, Coherence, Ticket
 from celery_mlcache.entry import MISS, Entry
+from celery_mlcache.errors import NotAnIntegerError
 from celery_mlcache.local import Local
-from celery_mlcache.protocols import Pulse
+from celery_mlcache.protocols import Pulse, Snapshot
 from celery_mlcache.stats import Stats
 from celery_mlcache.wire import Message
 
@@ -53,9 +54,11 @@ class Tickets:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         coherence, local = self._tier.coherence, self._tier.local
+        # A refusal by the server itself is an outcome that is known.
+        is_unknown = self._is_writing and kind is not None and not issubclass(kind, NotAnIntegerError)
         with self._lock:
             for ticket in self._tickets:
-                if kind is not None and self._is_writing:
+                if is_unknown:
                     coherence.cancel(ticket)
                     if local is not None:
                         local.discard(ticket.key)
@@ -170,12 +173,27 @@ class Tier:
                 if self.local is not None:
                     self.local.discard_older(ticket.key, stamp)
 
-    def missed(self, ticket: Ticket, token: int) -> None:
-        """L2 had nothing (or nothing readable) at *token*: a copy from before must not answer later."""
+    def missed(self, ticket: Ticket, snapshot: Snapshot) -> None:
+        """L2 had nothing (or nothing readable): a copy from before that instant must not answer later."""
         with self._lock:
-            self.coherence.note(token)
+            self.coherence.note(snapshot.token)
+            self.coherence.missed(ticket, 0 if snapshot.data is not None else snapshot.stamp, snapshot.floor)
             if self.local is not None:
-                self.local.discard_older(ticket.key, token + 1)
+                self.local.void_below(self.coherence.floor)
+                self.local.discard_older(ticket.key, snapshot.token + 1)
+
+    def met(self, ticket: Ticket, stamp: int) -> None:
+        """L2 had a value of *stamp*, and no copy of it is to be kept."""
+        with self._lock:
+            self.coherence.commit(ticket, stamp)
+            if self.local is not None:
+                self.local.discard_older(ticket.key, stamp)
+
+    def drop(self, key: str, token: int) -> None:
+        """Something newer than *token* may be in L2: forget a copy that is not."""
+        with self._lock:
+            if self.local is not None:
+                self.local.discard_older(key, token + 1)
 
     def admits(self, ticket: Ticket, stamp: int) -> bool:
         """Has nothing happened to the key since *stamp* was the newest?"""
@@ -187,10 +205,15 @@ class Tier:
         with self._lock:
             return self.coherence.fence(ticket, token, taken_at, self._clock())
 
-    def is_current(self, ticket: Ticket, token: int, horizon: tuple[int, int]) -> bool:
-        """May a newcomer share what was read at *token*? See :meth:`Coherence.is_current`."""
+    def is_current(self, ticket: Ticket, token: int, barrier: int, age: float) -> bool:
+        """May a newcomer share the answer of a flight? See :meth:`Coherence.is_current`."""
         with self._lock:
-            return self.coherence.is_current(ticket, token, horizon)
+            return self.coherence.is_current(ticket, token, barrier, age)
+
+    @property
+    def alone(self) -> threading.RLock:
+        """The lock, for making one step of several where L1 is all there is."""
+        return self._lock
 
     def own_stamp(self) -> int:
         """Take a stamp where there is no Redis to take it from."""
@@ -268,6 +291,7 @@ class Tier:
         """Do to L1 what coherence decided; under the lock."""
         if act.void:
             self._stats.add_gap(act.void)
+            self._stats.reseeds += act.void == "reseed"
         local = self.local
         if local is None:
             return

@@ -1,20 +1,23 @@
--- ARGV[3] name, ARGV[4] delta, ARGV[5] milliseconds and ARGV[6] tail where nothing is stored yet,
--- ARGV[7] the number in that tail. Returns {stamp, number, milliseconds left}.
+-- ARGV[4] name, ARGV[5] delta, ARGV[6] milliseconds and ARGV[7] tail where nothing is stored yet,
+-- ARGV[8] the number in that tail. Returns {stamp, number, milliseconds left}.
 local _, floor = order()
 local data, _, expires = stored(KEYS[3], floor)
 local tail, number
 if data then
   if data:byte(KIND_AT) ~= INTEGER or data:byte(KIND_AT + 1) ~= 0 then return redis.error_reply('NOTINTEGER') end
   local body_at = KIND_AT + 5 + data:byte(KIND_AT + 3) * 256 + data:byte(KIND_AT + 4)
-  local body = tonumber(data:sub(body_at))
+  local body, delta = tonumber(data:sub(body_at)), tonumber(ARGV[5])
   if not body then return redis.error_reply('NOTINTEGER') end
-  number = body + tonumber(ARGV[4])
-  if number > 9007199254740992 or number < -9007199254740992 then return redis.error_reply('OVERFLOW') end
+  -- Before the sum: a double cannot tell 2^53 + 1 from 2^53.
+  if (delta > 0 and body > MAX_INTEGER - delta) or (delta < 0 and body < -MAX_INTEGER - delta) then
+    return redis.error_reply('OVERFLOW')
+  end
+  number = body + delta
   tail = data:sub(KIND_AT, body_at - 1) .. digits(number)
 else
-  tail, number, expires = ARGV[6], tonumber(ARGV[7]), after(ARGV[5])
+  tail, number, expires = ARGV[7], tonumber(ARGV[8]), after(ARGV[6])
 end
 local stamp = redis.call('INCR', KEYS[1])
-put(KEYS[3], stamp, expires, tail)
-announce('W', stamp, ARGV[3])
+write(KEYS[3], stamp, expires, tail)
+announce('W', stamp, ARGV[4])
 return {stamp, digits(number), digits(math.max(expires - now_us() / 1000, 0))}

@@ -1,14 +1,15 @@
--- Compare and set. ARGV[3] name, ARGV[4] milliseconds ('' keeps the life), ARGV[5] tail,
--- ARGV[6] the stamp that must be there; '' asks only that no live value is. Returns the stamp, or 0.
+-- Compare and set. ARGV[4] name, ARGV[5] milliseconds ('' keeps the life), ARGV[6] tail,
+-- ARGV[7] the stamp that must be there; '' asks only that no live value is. Returns the stamp, or 0.
 local _, floor = order()
 local data, found, expires = stored(KEYS[3], floor)
-if ARGV[6] == '' then
+if ARGV[7] == '' then
   if data then return 0 end
-elseif found ~= tonumber(ARGV[6]) then
+elseif found ~= tonumber(ARGV[7]) then
   return 0
 end
-if ARGV[4] ~= '' or not expires then expires = after(ARGV[4] == '' and 1 or ARGV[4]) end
+if ARGV[5] ~= '' then expires = after(ARGV[5]) end
+if not expires then return 0 end -- its life ended meanwhile
 local stamp = redis.call('INCR', KEYS[1])
-put(KEYS[3], stamp, expires, ARGV[5])
-announce('W', stamp, ARGV[3])
+write(KEYS[3], stamp, expires, ARGV[6])
+announce('W', stamp, ARGV[4])
 return stamp

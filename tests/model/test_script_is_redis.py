@@ -1,0 +1,200 @@
+"""The script of the model tests is Redis: the same operations through both have the same outcomes and messages."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from functools import cache
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import Connection
+from redis.retry import Retry
+
+from celery_mlcache.errors import NotAnIntegerError
+from celery_mlcache.keys import RedisNames
+from celery_mlcache.remote import RedisRemote
+from celery_mlcache.stats import Stats
+from celery_mlcache.wire import HEAD_SIZE, parse_message, split_value
+from tests.support.scripted import CODEC, Clock, ScriptedRemote, Server
+
+KEYS = ("a", "b", "ключ")
+LIVES = (60.0, 3600.0)
+
+
+@cache
+def tail_of(key, value):
+    """Return the same bytes for both stores: a tail says when it was made."""
+    return CODEC.encode(key, value)
+
+
+class Open:
+    """A breaker that never opens."""
+
+    def allow(self):
+        return True
+
+    def success(self):
+        pass
+
+    def failure(self):
+        pass
+
+
+class Relative:
+    """One of the two stores, its stamps told as distances from the last seed: absolute ones depend on the time."""
+
+    def __init__(self, remote, counter):
+        self.remote = remote
+        self.counter = counter
+        self.base = 0
+
+    def rebase(self):
+        """Count from the present counter."""
+        self.base = self.counter()
+
+    def rel(self, stamp):
+        """Return a stamp as both stores would tell it."""
+        return stamp - self.base if stamp else stamp
+
+    def snapshot(self, found):
+        split = split_value(found.data) if found.data is not None else None
+        tail = None if found.data is None else found.data[HEAD_SIZE:]
+        life = None if found.remaining is None else round(found.remaining / 30)
+        assert split is None or split[0] == found.stamp
+        return tail, self.rel(found.stamp), self.rel(found.token), self.rel(found.floor), life
+
+    def filled(self, found):
+        winner = None if found.winner is None else self.snapshot(found.winner)
+        return found.is_stored, found.refused, winner
+
+    def do(self, op, key, number, token, ttl):  # noqa: PLR0911 - one for each operation
+        """Run one operation and return what came of it."""
+        remote, seen = self.remote, self.base
+        tail = tail_of(key, number)
+        try:
+            match op:
+                case "read":
+                    return [self.snapshot(found) for found in remote.read(KEYS, seen=seen)]
+                case "write":
+                    return self.rel(remote.write([(key, tail, ttl), ("both", tail, ttl)], seen=seen))
+                case "write text":
+                    return self.rel(remote.write([(key, tail_of(key, "text"), ttl)], seen=seen))
+                case "add":
+                    return self.rel(remote.add(key, tail, ttl, seen=seen))
+                case "replace":
+                    found = remote.read([key], seen=seen)[0]
+                    expected = found.stamp + (number % 3 == 0)
+                    life = None if number % 2 and found.data is not None else ttl
+                    return self.rel(remote.replace(key, tail, expected=expected, ttl=life, seen=seen))
+                case "delete":
+                    stamp, removed = remote.delete([key, "both"], seen=seen)
+                    return self.rel(stamp), removed
+                case "fill":
+                    return [self.filled(found) for found in remote.fill([(key, tail, ttl, self.base + token)])]
+                case "increment":
+                    stamp, total, life = remote.increment(key, number, initial=(number, tail, ttl), seen=seen)
+                    return self.rel(stamp), total, round(life / 30)
+                case "touch":
+                    return self.rel(remote.touch(key, ttl, seen=seen))
+                case "clear":
+                    return self.rel(remote.clear(seen=seen))
+        except NotAnIntegerError:
+            return "not an integer"
+        raise AssertionError(op)
+
+
+OPERATIONS = ["read", "write", "write text", "add", "replace", "delete", "fill", "fill", "increment", "touch", "clear"]
+
+
+@pytest.fixture
+def client(shared_redis):
+    """Look at the server from beside."""
+    with redis.Redis(port=shared_redis.port, retry=Retry(NoBackoff(), 0)) as client:
+        yield client
+
+
+@pytest.fixture
+def pair(shared_redis, namespace, client):
+    """Return the real store and the scripted one, both seeded."""
+    names = RedisNames(namespace)
+
+    def connect():
+        retry = Retry(NoBackoff(), 0)
+        return Connection(port=shared_redis.port, socket_timeout=5, socket_connect_timeout=5, retry=retry, protocol=2)
+
+    real = RedisRemote(connect, names, guard=Open(), counts=Stats(), clock=time.monotonic, max_idle=2, tombstone_ttl=60.0)
+    server = Server(Clock())
+    both = (
+        Relative(real, lambda: int(client.get(names.counter))),
+        Relative(ScriptedRemote(server), lambda: server.counter),
+    )
+    for store in both:
+        store.remote.read(["a"], seen=0)
+        store.rebase()
+    yield names, server, both
+    real.close()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("seed", range(6))
+def test_the_script_does_what_the_lua_does(pair, client, seed):
+    """Every outcome and every announcement is the same, stamps told from the last seed."""
+    names, server, both = pair
+    rng = random.Random(seed)
+    server.announced.clear()
+    with client.pubsub(ignore_subscribe_messages=True) as listener:
+        listener.subscribe(names.channel)
+        listener.get_message(timeout=5)
+        for number in range(1, 250):
+            step = (rng.choice(OPERATIONS), rng.choice(KEYS), number, rng.randint(-3, number), rng.choice(LIVES))
+            outcomes = [store.do(*step) for store in both]
+            assert outcomes[0] == outcomes[1], step
+        heard = [heard_by(both[0], item) for item in itertools.islice(messages(listener), len(server.announced))]
+    assert heard == [heard_by(both[1], item) for item in server.announced]
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("loss", ["counter", "floor", "both", "behind"])
+@pytest.mark.parametrize("op", ["read", "write", "delete", "increment", "touch", "clear", "fill", "add"])
+def test_the_script_loses_its_counter_as_the_lua_does(pair, client, loss, op):
+    """A lost or outrun counter is seeded anew, its old values are dead, and a fill never seeds."""
+    names, server, both = pair
+    for store in both:
+        store.do("write", "a", 1, 0, 60.0)
+    if loss == "behind":
+        for store in both:
+            store.base += 500  # the caller knows of stamps that this server has never handed out
+    else:
+        gone = {"counter": [names.counter], "floor": [names.floor], "both": [names.counter, names.floor]}[loss]
+        client.delete(*gone)
+        server.counter = None if names.counter in gone else server.counter
+        server.floor = None if names.floor in gone else server.floor
+    answers = [store.do(op, "a", 2, 0, 60.0) for store in both]
+    if op == "fill":
+        assert answers[0] == answers[1] == [(False, "fence", None)]
+        assert (client.get(names.counter) is None) == (server.counter is None)
+        return
+    shapes = [(type(answer), answer is None or answer == 0) for answer in answers]
+    assert shapes[0] == shapes[1]
+    for store in both:
+        assert store.counter() > store.base
+        store.rebase()
+    assert both[0].do("read", "a", 0, 0, 0) == both[1].do("read", "a", 0, 0, 0)
+
+
+def messages(listener):
+    """Yield what the channel carries."""
+    while True:
+        item = listener.get_message(timeout=5)
+        assert item is not None, "Redis has announced less than the script"
+        yield item["data"]
+
+
+def heard_by(store, data):
+    """Return an announcement as both stores would make it."""
+    message = parse_message(data)
+    assert message is not None
+    return store.rel(message.stamp), message.keys, message.is_flush

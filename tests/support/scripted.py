@@ -1,0 +1,640 @@
+"""L2, the backplane and time as a script of the test: nothing happens unless the test lets it.
+
+:class:`Server` is Redis as the Lua scripts see it, :class:`ScriptedRemote` one process's way to it (each call can be
+held before it takes effect and before its reply is delivered), :class:`ScriptedBackplane` one process's subscription:
+a queue of messages and heartbeat answers in the order of execution, exactly as one RESP3 connection delivers them.
+:class:`Process` is a real manager on top of the three. tests/model/test_script_is_redis.py holds this to the Lua.
+
+:func:`explore` runs operations as greenlets that stop at those seams, in every order.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import greenlet
+
+from celery_mlcache.codec import Codec
+from celery_mlcache.coherence import Coherence
+from celery_mlcache.entry import Entry
+from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
+from celery_mlcache.local import Local
+from celery_mlcache.manager import CacheManager, Parts, Policy
+from celery_mlcache.protocols import BackplaneListener, Filled, Pulse, Snapshot
+from celery_mlcache.singleflight import SingleFlight
+from celery_mlcache.stats import Stats
+from celery_mlcache.tier import Tier
+from celery_mlcache.wire import KIND_INTEGER, KIND_TOMBSTONE, MAX_INTEGER, pack_head, parse_message
+
+EPOCH = 1_700_000_000  # the server's wall clock at the fake clock's 0, seconds since 1970
+MARGIN = 1_000_000
+NAMESPACE = "model"
+DELTA = 1.0
+TOMBSTONE_TTL = 60.0
+GRAVE = bytes([KIND_TOMBSTONE])
+
+
+class Clock:
+    """Monotonic seconds that pass when the test says so."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@dataclass
+class Stored:
+    """One Redis string, its head taken apart."""
+
+    stamp: int
+    expires_ms: int
+    tail: bytes
+    until_ms: int  # when Redis forgets it
+
+
+class Server:
+    """What Redis holds for one namespace, and what each Lua script does to it; one method a script."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.counter: int | None = None
+        self.floor: int | None = None
+        self.values: dict[str, Stored] = {}
+        self.feeds: list[deque[Any]] = []
+        self.announced: list[bytes] = []
+        self.writes: list[tuple[int, str, bytes | None]] = []  # (stamp, key, tail; None: deleted), in order
+
+    # ---- what a test does to it -----------------------------------------------------------------------------
+
+    def flushall(self) -> None:
+        """Lose everything, without a word to anybody."""
+        self.counter = self.floor = None
+        self.values.clear()
+
+    def save(self) -> Any:
+        """Return what a lagging replica would have."""
+        return copy.deepcopy((self.counter, self.floor, self.values))
+
+    def restore(self, saved: Any) -> None:
+        """Fail over to that replica."""
+        self.counter, self.floor, self.values = copy.deepcopy(saved)
+
+    def live(self, key: str) -> Stored | None:
+        """Return what a read would find, or None."""
+        found = self._present(key)
+        if found is None or self._is_dead(found) or self.floor is None or found.stamp < self.floor:
+            return None
+        return found
+
+    # ---- the prelude ----------------------------------------------------------------------------------------
+
+    def now_us(self) -> int:
+        return EPOCH * 1_000_000 + round(self.clock.now * 1_000_000)
+
+    def order(self, seen: int) -> tuple[int, int]:
+        if self.counter and self.floor and self.counter >= seen:
+            return self.counter, self.floor
+        seed = max(self.now_us(), seen + MARGIN, (self.counter or 0) + MARGIN, (self.floor or 0) + MARGIN)
+        self.counter = self.floor = seed
+        self._announce("F", seed)
+        return seed, seed
+
+    def _next_stamp(self, seen: int) -> tuple[int, int]:
+        _, floor = self.order(seen)
+        assert self.counter is not None
+        self.counter += 1
+        return self.counter, floor
+
+    def _announce(self, op: str, stamp: int, *keys: str) -> None:
+        message = "\n".join(["1", op, str(stamp), str(self.now_us()), *keys]).encode()
+        self.announced.append(message)
+        for feed in self.feeds:
+            feed.append(message)
+
+    def _after(self, milliseconds: int) -> int:
+        return self.now_us() // 1000 + milliseconds
+
+    def _present(self, key: str) -> Stored | None:
+        found = self.values.get(key)
+        if found is not None and self.now_us() // 1000 > found.until_ms:
+            del self.values[key]
+            return None
+        return found
+
+    def _put(self, key: str, stamp: int, expires_ms: int, tail: bytes, until_ms: int = 0) -> None:
+        self.values[key] = Stored(stamp, expires_ms, tail, max(expires_ms, until_ms))
+        self.writes.append((stamp, key, None if tail == GRAVE else tail))
+
+    def _write(self, key: str, stamp: int, expires_ms: int, tail: bytes) -> None:
+        self._put(key, stamp, expires_ms, tail, self._after(milliseconds(TOMBSTONE_TTL)))
+
+    def _is_dead(self, found: Stored) -> bool:
+        return found.tail == GRAVE or found.expires_ms <= self.now_us() // 1000
+
+    def _stored(self, key: str, floor: int) -> tuple[Stored | None, int]:
+        found = self._present(key)
+        if found is None or found.stamp < floor:
+            return None, 0
+        return (None if self._is_dead(found) else found), found.stamp
+
+    def _snapshot(self, key: str, counter: int, floor: int) -> Snapshot:
+        found, stamp = self._stored(key, floor)
+        if found is None:
+            return Snapshot(None, stamp, counter, floor, None)
+        remaining = max(0.0, (found.expires_ms - self.now_us() / 1000) / 1000)
+        return Snapshot(pack_head(stamp, found.expires_ms) + found.tail, stamp, counter, floor, remaining)
+
+    # ---- the scripts ----------------------------------------------------------------------------------------
+
+    def read(self, keys: Sequence[str], seen: int) -> list[Snapshot] | None:
+        """None: counter or floor is lost, or behind."""
+        if not (self.counter and self.floor and self.counter >= seen):
+            return None
+        return [self._snapshot(key, self.counter, self.floor) for key in keys]
+
+    def write(self, items: Sequence[tuple[str, bytes, int]], seen: int) -> int:
+        stamp, _ = self._next_stamp(seen)
+        for key, tail, ms in items:
+            self._write(key, stamp, self._after(ms), tail)
+        self._announce("W", stamp, *[key for key, _, _ in items])
+        return stamp
+
+    def replace(self, key: str, tail: bytes, expected: int | None, ms: int | None, seen: int) -> int | None:
+        _, floor = self.order(seen)
+        found, stamp = self._stored(key, floor)
+        if (found is not None) if expected is None else (stamp != expected):
+            return None
+        if ms is None and found is None:
+            return None
+        expires = found.expires_ms if ms is None and found is not None else self._after(ms or 1)
+        stamp, _ = self._next_stamp(seen)
+        self._write(key, stamp, expires, tail)
+        self._announce("W", stamp, key)
+        return stamp
+
+    def delete(self, keys: Sequence[str], seen: int) -> tuple[int, int]:
+        ms = milliseconds(TOMBSTONE_TTL)
+        stamp, floor = self._next_stamp(seen)
+        removed = 0
+        for key in keys:
+            removed += self._stored(key, floor)[0] is not None
+            self._put(key, stamp, self._after(ms), GRAVE)
+        self._announce("D", stamp, *keys)
+        return stamp, removed
+
+    def fill(self, items: Sequence[tuple[str, bytes, int, int]]) -> list[Filled]:
+        outcome = []
+        for key, tail, ms, token in items:
+            answer = Filled(is_stored=False, winner=None, refused="fence")
+            if self.counter and self.floor and self.counter >= token and self.floor <= token:
+                found, stamp = self._stored(key, self.floor)
+                if found is not None:
+                    winner = self._snapshot(key, self.counter, self.floor)
+                    answer = Filled(is_stored=False, winner=winner, refused="winner")
+                elif stamp <= token:
+                    self._put(key, token, self._after(ms), tail)
+                    answer = Filled(is_stored=True, winner=None)
+            outcome.append(answer)
+        return outcome
+
+    def increment(self, key: str, delta: int, initial: tuple[int, bytes, int], seen: int) -> tuple[int, int, float]:
+        _, floor = self.order(seen)
+        found, _ = self._stored(key, floor)
+        number, tail, ms = initial
+        expires = self._after(ms)
+        if found is not None:
+            tail, expires = found.tail, found.expires_ms
+            if tail[0] != KIND_INTEGER or tail[1] != 0:
+                raise NotAnIntegerError(key, "holds something that is not an integer")
+            body_at = 5 + tail[3] * 256 + tail[4]
+            number = int(tail[body_at:]) + delta
+            if abs(number) > MAX_INTEGER:
+                raise NotAnIntegerError(key, "would leave the range of ±2**53")
+            tail = tail[:body_at] + str(number).encode()
+        stamp, _ = self._next_stamp(seen)
+        self._write(key, stamp, expires, tail)
+        self._announce("W", stamp, key)
+        return stamp, number, max(0, round(expires - self.now_us() / 1000)) / 1000
+
+    def touch(self, key: str, ms: int, seen: int) -> int | None:
+        _, floor = self.order(seen)
+        found, _ = self._stored(key, floor)
+        if found is None:
+            return None
+        stamp, _ = self._next_stamp(seen)
+        self._write(key, stamp, self._after(ms), found.tail)
+        self._announce("W", stamp, key)
+        return stamp
+
+    def clear(self, seen: int) -> int:
+        self.floor, _ = self._next_stamp(seen)
+        self._announce("F", self.floor)
+        return self.floor
+
+
+def milliseconds(seconds: float) -> int:
+    """As remote.py rounds."""
+    return max(1, int(seconds * 1000))
+
+
+class ScriptedRemote:
+    """A :class:`~celery_mlcache.protocols.RemoteStore` on a :class:`Server`.
+
+    Attributes:
+        is_down: Calls fail before they take effect.
+        lost_replies: So many calls to come take effect and then fail.
+        seam: Called with ("send" or "reply", operation, result) before the effect and before the reply.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.is_down = False
+        self.lost_replies = 0
+        self.seam: Callable[[str, str, Any], None] = stop
+        self.calls: list[str] = []
+
+    def _call(self, op: str, script: Callable[[], Any]) -> Any:
+        self.calls.append(op)
+        self.seam("send", op, None)
+        if self.is_down:
+            raise RemoteStoreError(op, "down")
+        result = script()
+        is_lost = self.lost_replies > 0
+        self.lost_replies -= is_lost
+        self.seam("reply", op, None if is_lost else result)
+        if is_lost:
+            raise RemoteStoreError(op, "no reply in time", outcome_unknown=True)
+        return result
+
+    def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
+        found = self._call("read", lambda: self.server.read(keys, seen))
+        if found is None:
+            counter, floor = self._call("seed", lambda: self.server.order(seen))
+            return [Snapshot(None, 0, counter, floor, None) for _ in keys]
+        return list(found)
+
+    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
+        lot = [(key, tail, milliseconds(ttl)) for key, tail, ttl in items]
+        return int(self._call("write", lambda: self.server.write(lot, seen)))
+
+    def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
+        return self._call("add", lambda: self.server.replace(key, tail, None, milliseconds(ttl), seen))
+
+    def replace(self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int) -> int | None:
+        ms = None if ttl is None else milliseconds(ttl)
+        return self._call("replace", lambda: self.server.replace(key, tail, expected, ms, seen))
+
+    def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
+        return self._call("delete", lambda: self.server.delete(keys, seen))
+
+    def fill(self, items: Sequence[tuple[str, bytes, float, int]]) -> list[Filled]:
+        lot = [(key, tail, milliseconds(ttl), token) for key, tail, ttl, token in items]
+        return list(self._call("fill", lambda: self.server.fill(lot)))
+
+    def increment(
+        self, key: str, delta: int, *, initial: tuple[int, bytes, float], seen: int
+    ) -> tuple[int, int, float]:
+        number, tail, ttl = initial
+        first = (number, tail, milliseconds(ttl))
+        return self._call("increment", lambda: self.server.increment(key, delta, first, seen))
+
+    def touch(self, key: str, ttl: float, *, seen: int) -> int | None:
+        return self._call("touch", lambda: self.server.touch(key, milliseconds(ttl), seen))
+
+    def clear(self, *, seen: int) -> int:
+        return int(self._call("clear", lambda: self.server.clear(seen)))
+
+    def ping(self) -> float:
+        self._call("ping", lambda: None)
+        return 0.0
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Answer:
+    """A heartbeat's answer on its way."""
+
+    counter: int | None
+    floor: int | None
+    sent_at: float
+    highest: int
+
+
+class ScriptedBackplane:
+    """One process's subscription: the test says when the next thing in its queue arrives, or is lost.
+
+    An answer stands in the queue behind every message that the server had sent before it, so it can be handed over
+    only after they were delivered or lost: the one rule that the real backplane's single connection guarantees.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.queue: deque[Any] = deque()
+        self.asked_soon = 0
+        self.listener: BackplaneListener | None = None
+
+    # ---- what the manager calls -----------------------------------------------------------------------------
+
+    def start(self, listener: BackplaneListener) -> None:
+        self.listener = listener
+        self.connect()
+
+    def stop(self, timeout: float) -> bool:
+        self._cut()
+        self.listener = None
+        return True
+
+    def ask_soon(self) -> None:
+        self.asked_soon += 1
+
+    def inherited_connection(self) -> None:
+        return None
+
+    # ---- what the test does ---------------------------------------------------------------------------------
+
+    @property
+    def is_connected(self) -> bool:
+        return any(feed is self.queue for feed in self.server.feeds)
+
+    def connect(self) -> None:
+        """Subscribe."""
+        assert self.listener is not None
+        self.server.feeds.append(self.queue)
+        self.listener.on_subscribed()
+
+    def disconnect(self, why: str = "cut") -> None:
+        """Lose the connection and all that was under way on it."""
+        assert self.listener is not None
+        self._cut()
+        self.listener.on_lost(why)
+
+    def ask(self) -> None:
+        """Send a heartbeat; the server answers at once, the answer stands in the queue. None on a dead connection."""
+        assert self.listener is not None
+        server = self.server
+        if not self.is_connected:
+            return
+        answer = Answer(server.counter, server.floor, server.clock.now, self.listener.highest_stamp())
+        self.queue.append(answer)
+
+    def deliver(self) -> Any:
+        """Hand over the next thing in the queue and return it."""
+        assert self.listener is not None
+        item = self.queue.popleft()
+        if isinstance(item, Answer):
+            self._answer(item)
+        else:
+            self.listener.on_message(parse_message(item))
+        return item
+
+    def die(self) -> None:
+        """Let the connection die without a word: nothing comes any more."""
+        self._cut()
+
+    def lose(self) -> Any:
+        """Lose the next thing in the queue."""
+        return self.queue.popleft()
+
+    def drain(self) -> None:
+        """Deliver everything."""
+        while self.queue:
+            self.deliver()
+
+    def pulse(self) -> None:
+        """Ask, and deliver everything up to the answer."""
+        self.ask()
+        self.drain()
+
+    def _cut(self) -> None:
+        self.server.feeds[:] = [feed for feed in self.server.feeds if feed is not self.queue]
+        self.queue.clear()
+
+    def _answer(self, answer: Answer) -> None:
+        assert self.listener is not None
+        counter, floor = answer.counter, answer.floor
+        server = self.server
+        if not counter or not floor or counter < answer.highest:
+            sent_at = server.clock.now
+            counter, floor = server.order(answer.highest)  # its announcement is in the queue before the answer
+            self.queue.append(Answer(counter, floor, sent_at, 0))
+            return
+        self.listener.on_pulse(Pulse(counter, floor, answer.sent_at, server.clock.now, server.now_us() / 1e6))
+
+
+CODEC = Codec()
+
+
+class Process:
+    """One process of the fleet: a real manager, tier, coherence, codec and L1 over the script."""
+
+    def __init__(
+        self,
+        server: Server | None,
+        clock: Clock,
+        *,
+        engine: str = "cacheout",
+        is_synced: bool = True,
+        max_stale: float = 0.0,
+        strict: bool = False,
+        l1_ttl: float = 300.0,
+    ) -> None:
+        self.clock = clock
+        self.remote = None if server is None else ScriptedRemote(server)
+        is_synced = is_synced and server is not None
+        self.backplane = ScriptedBackplane(server) if is_synced and server is not None else None
+        self.coherence = Coherence(
+            delta=DELTA if is_synced else float("inf"), tombstone_ttl=TOMBSTONE_TTL, synced=is_synced
+        )
+        self.stats = Stats()
+        self.local = Local(engine, 16)  # type: ignore[arg-type]
+        self.tier = Tier(
+            self.coherence,
+            self.local,
+            self.stats,
+            namespace=NAMESPACE,
+            l1_ttl=l1_ttl,
+            max_stale=max_stale,
+            clock=clock,
+        )
+        parts = Parts(
+            policy=Policy(NAMESPACE, strict=strict),
+            codec=CODEC,
+            tier=self.tier,
+            flights=SingleFlight(max_wait=30.0, clock=clock),
+            stats=self.stats,
+            remote=self.remote,
+            backplane=self.backplane,  # type: ignore[arg-type]
+        )
+        self.cache = CacheManager(lambda: parts, name=NAMESPACE, clock=clock)
+        self.cache.warm()
+
+    def l1(self, key: str) -> Entry | None:
+        """Return what L1 would answer with now, touching nothing."""
+        now = self.clock.now
+        entry = self.local.peek(key)
+        if entry is None or now >= entry.deadline or now >= self.coherence.lease_until:
+            return None
+        return entry
+
+    def pulse(self) -> None:
+        """Renew the lease: ask, and deliver everything up to the answer."""
+        assert self.backplane is not None
+        self.backplane.pulse()
+
+
+def make_fleet(count: int = 2, **options: Any) -> tuple[Server, Clock, list[Process]]:
+    """Return a seeded server and *count* proven processes."""
+    clock = Clock()
+    server = Server(clock)
+    server.order(0)
+    fleet = [Process(server, clock, **options) for _ in range(count)]
+    for process in fleet:
+        if process.backplane is not None:
+            process.pulse()
+    return server, clock, fleet
+
+
+# ---- every interleaving -------------------------------------------------------------------------------------
+
+
+class Actor(greenlet.greenlet):
+    """One operation; stops at each seam and goes on when it is switched to."""
+
+    def __init__(self, run: Callable[[], Any], name: str = "") -> None:
+        super().__init__(self._run)
+        self.name = name
+        self.body = run
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.replies: list[tuple[str, Any]] = []
+        self.waits_for: GreenEvent | None = None
+        self.at = "start"
+
+    def _run(self) -> None:
+        try:
+            self.result = self.body()
+        except Exception as exc:
+            self.error = exc
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.dead and (self.waits_for is None or self.waits_for.is_set())
+
+    def step(self) -> str:
+        """Go on to the next seam; return its name, or "end"."""
+        self.parent = greenlet.getcurrent()
+        self.waits_for = None
+        self.at = self.switch() or "end"
+        if self.dead:
+            self.at = "end"
+        return self.at
+
+    def run_to(self, *points: str) -> None:
+        """Go on to the first of the named seams ("send read", "load", "end", ...)."""
+        while self.step() not in points:
+            assert not self.dead, f"{self.name} ended before {points}"
+
+    def finish(self) -> Any:
+        """Go on to the end; raise what it raised, or return what it returned."""
+        while not self.dead:
+            assert self.is_ready, f"{self.name} waits for ever"
+            self.step()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+def stop(point: str, op: str, result: Any = None) -> None:
+    """The seam: hand control back to the test, if an actor is running."""
+    actor = greenlet.getcurrent()
+    if isinstance(actor, Actor):
+        if point == "reply" and result is not None:
+            actor.replies.append((op, result))
+        actor.parent.switch(f"{point} {op}".strip())
+
+
+def load(source: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a loader that reads *source* and then stops once, as a slow query does."""
+
+    def loader() -> Any:
+        value = source()
+        stop("load", "")
+        return value
+
+    return loader
+
+
+class GreenEvent:
+    """An Event whose wait hands control back to the test."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        actor = greenlet.getcurrent()
+        assert isinstance(actor, Actor), "the test itself would wait for ever"
+        while not self._is_set:
+            actor.waits_for = self
+            actor.parent.switch("wait")
+        return True
+
+
+# What singleflight finds under the name "threading": each actor counts as a thread.
+GREEN_THREADING = SimpleNamespace(Event=GreenEvent, Lock=threading.Lock, get_ident=lambda: id(greenlet.getcurrent()))
+
+
+@dataclass
+class Schedule:
+    """One order of steps: a list of choices, extended by 0 where it ends."""
+
+    prefix: list[int]
+    taken: list[tuple[int, int]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def pick(self, options: Sequence[Any]) -> Any:
+        at = len(self.taken)
+        choice = self.prefix[at] if at < len(self.prefix) else 0
+        self.taken.append((choice, len(options)))
+        return options[choice]
+
+    def successor(self) -> list[int] | None:
+        taken = list(self.taken)
+        while taken:
+            choice, count = taken.pop()
+            if choice + 1 < count:
+                return [*[made for made, _ in taken], choice + 1]
+        return None
+
+
+def explore(run: Callable[[Schedule], None]) -> int:
+    """Call *run* with every schedule there is, depth first; return how many there were."""
+    prefix: list[int] | None = []
+    count = 0
+    while prefix is not None:
+        schedule = Schedule(prefix)
+        try:
+            run(schedule)
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}\nafter the steps:\n  " + "\n  ".join(schedule.names)) from exc
+        count += 1
+        prefix = schedule.successor()
+    return count

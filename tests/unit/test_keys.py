@@ -1,0 +1,353 @@
+"""Keys, Redis names, tokens, and the one form that a call's arguments have on every side of the wire."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from enum import Enum, IntEnum
+from types import MappingProxyType
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from celery_mlcache.errors import CacheKeyError, SerializationError
+from celery_mlcache.keys import (
+    MAX_KEY_BYTES,
+    RedisNames,
+    call_key,
+    canonical,
+    check_key,
+    format_token,
+    parse_token,
+)
+from celery_mlcache.wire import MAX_STAMP
+
+# ---- users' keys ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key", ["k", "user:1", "ключ", "a b", "x" * MAX_KEY_BYTES, "é" * (MAX_KEY_BYTES // 2), "{tag}"]
+)
+def test_a_key_is_1_to_1024_bytes_of_text(key):
+    """What is allowed comes back unchanged."""
+    assert check_key(key) == key
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        (None, "must be a str, not NoneType"),
+        (b"k", "must be a str, not bytes"),
+        (1, "must be a str, not int"),
+        ([], "must be a str, not list"),
+        ("", "must not be empty"),
+        ("x" * (MAX_KEY_BYTES + 1), "1025 bytes"),
+        ("é" * (MAX_KEY_BYTES // 2) + "x", "1025 bytes"),
+        ("a\nb", "control characters"),
+        ("a\x00", "control characters"),
+        ("a\x7f", "control characters"),
+        ("a\x85", "control characters"),
+        ("a\u2028b", "control characters"),
+        ("\ud800", "not valid Unicode"),
+    ],
+    ids=repr,
+)
+def test_anything_else_is_refused_with_its_reason(key, why):
+    """A key that no level could hold is an error before anything is sent."""
+    with pytest.raises(CacheKeyError, match=why):
+        check_key(key)
+
+
+@given(st.text())
+def test_what_is_accepted_fits_a_message(key):
+    """A key that passes has no line break in it and survives UTF-8."""
+    try:
+        check_key(key)
+    except CacheKeyError:
+        return
+    assert key.encode().decode() == key
+    assert "\n" not in key
+
+
+def test_a_subclass_of_str_becomes_a_str():
+    """Its own hash and comparison never run inside an L1 engine."""
+
+    class Odd(str):
+        __slots__ = ()
+
+        def __hash__(self):
+            raise AssertionError
+
+    assert type(check_key(Odd("k"))) is str
+
+
+# ---- Redis names ------------------------------------------------------------------------------------------------
+
+
+def test_every_key_of_a_namespace_has_its_hash_tag():
+    """A script's keys share one cluster slot, whatever braces users put into theirs."""
+    names = RedisNames("shop")
+    for name in (names.counter, names.floor, names.value("k"), names.value("{other}")):
+        assert name[name.index("{") : name.index("}") + 1] == "{shop}"
+
+
+def test_names_do_not_collide():
+    """No user key reaches the counter or the floor, and no namespace another's values."""
+    one, other = RedisNames("a"), RedisNames("a:v1")
+    assert len({one.counter, one.floor, one.channel, one.value("stamp"), one.value("floor")}) == 5
+    assert one.value("v1:k") != other.value("k")
+    assert not other.value("k").startswith(one.value_prefix)
+
+
+def test_the_channel_names_the_database():
+    """Redis pub/sub knows no databases: two of them must not hear one another."""
+    assert RedisNames("a", 0).channel != RedisNames("a", 1).channel
+
+
+def test_the_value_prefix_is_what_stands_before_a_key():
+    """The rest of a value's name is the user's key."""
+    names = RedisNames("a")
+    assert names.value("k") == names.value_prefix + "k"
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, MAX_STAMP), st.sampled_from(["default", "a@b", "shop:eu"]))
+def test_a_token_comes_back(stamp, namespace):
+    """Formatting and parsing are inverse."""
+    assert parse_token(format_token(namespace, stamp), namespace) == stamp
+
+
+@pytest.mark.parametrize(
+    "token", [None, 5, b"a@5", "", "a", "a@", "a@x", "a@-1", "b@5", "@5", "a@5.0", "a@ 5", "a@٣", f"a@{MAX_STAMP + 1}"]
+)
+def test_what_is_no_token_of_the_namespace_is_a_value_error(token):
+    """Anything may stand in a message's header."""
+    with pytest.raises(ValueError, match="barrier"):
+        parse_token(token, "a")
+
+
+@given(st.text())
+def test_no_text_raises_anything_else(token):
+    """Random text is a ValueError or a token."""
+    try:
+        assert 0 <= parse_token(token, "a") <= MAX_STAMP
+    except ValueError as exc:
+        assert "barrier" in str(exc)  # noqa: PT017 - only sometimes
+
+
+@pytest.mark.parametrize("digits", ["9" * 4000, "9" * 5000], ids=len)
+def test_a_token_with_too_many_digits_is_no_token(digits):
+    """A hostile header costs nothing and is refused in our words."""
+    with pytest.raises(ValueError, match="barrier"):
+        parse_token(f"a@{digits}", "a")
+
+
+# ---- arguments of calls -----------------------------------------------------------------------------------------
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Level(IntEnum):
+    HIGH = 3
+
+
+@dataclass
+class Point:
+    x: int
+    y: int
+
+
+class Model(BaseModel):
+    when: date
+    name: str = "n"
+
+
+def over_the_wire(value):
+    """Return *value* as a worker gets it with Celery's default serializer."""
+    from kombu.utils.json import dumps, loads
+
+    return loads(dumps(value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        0,
+        -5,
+        10**30,
+        1.5,
+        1e300,
+        "text",
+        "ключ",
+        "",
+        (),
+        (1, 2),
+        [1, [2, (3, [])]],
+        {},
+        {"a": 1, "b": [1, {"c": (2,)}]},
+        {1: "int key", 2: {3: "deep"}},
+        {True: 1},
+        {None: 1},
+        {1.5: "float key"},
+        OrderedDict([("b", 1), ("a", 2)]),
+        Level.HIGH,
+        {"level": Level.HIGH},
+        {Level.HIGH: 1},
+        datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=UTC),
+        datetime(2026, 7, 2, 3, 4, 5, tzinfo=ZoneInfo("Europe/Vienna")),
+        datetime(2026, 1, 2, tzinfo=timezone(timedelta(hours=5, minutes=30))),
+        datetime(2026, 1, 2, 3, 4),  # noqa: DTZ001 - users have them
+        date(2026, 1, 2),
+        time(3, 4, 5),
+        Decimal("1.10"),
+        Decimal("1E+3"),
+        UUID(int=5),
+        b"bytes",
+        b"\xff\x00",
+        b"",
+        [Decimal("0.1"), (UUID(int=1), b"x", {"d": date(2026, 1, 2)})],
+    ],
+    ids=repr,
+)
+def test_producer_and_worker_agree_on_the_form_of_an_argument(value):
+    """What Celery's JSON makes of a value has the same form as the value."""
+    assert canonical(over_the_wire(value)) == canonical(value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1, 2), [1, 2]),
+        ({1: 2}, {"1": 2}),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({1, 2, 30}, {30, 2, 1}),
+        ({1, 2}, frozenset({2, 1})),
+        (Level.HIGH, 3),
+        (Colour.RED, "red"),
+        ({Colour.RED: 1}, {"red": 1}),
+        (bytearray(b"x"), b"x"),
+        (MappingProxyType({"a": 1}), {"a": 1}),
+        (Point(1, 2), {"x": 1, "y": 2}),
+        (Model(when=date(2026, 1, 2)), {"when": "2026-01-02", "name": "n"}),
+    ],
+    ids=repr,
+)
+def test_forms_that_the_wire_makes_equal_are_equal(one, other):
+    """What a worker cannot tell apart has one key."""
+    assert canonical(one) == canonical(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, "1"),
+        (1, True),
+        (0, False),
+        (1, 1.0),
+        (None, "None"),
+        ("", None),
+        (["a", "b"], ["ab"]),
+        (["a", ["b"]], [["a"], "b"]),
+        ([], {}),
+        ([1], {1}),
+        (b"x", "x"),
+        (date(2026, 1, 2), "2026-01-02"),
+        (Decimal("1.0"), Decimal("1.00")),
+        (timedelta(seconds=1), timedelta(milliseconds=1)),
+        (UUID(int=5), str(UUID(int=5))),
+        ({"a": None}, {}),
+        ("1:x", "1"),
+        ([["a"], []], [["a", []]]),
+        ({"a": "b"}, ["a", "b"]),
+    ],
+    ids=repr,
+)
+def test_forms_of_different_values_differ(one, other):
+    """Different arguments never share a key."""
+    assert canonical(one) != canonical(other)
+
+
+WIRE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def typed(value):
+    """Return a form in which 1, 1.0 and True differ."""
+    if isinstance(value, list):
+        return "list", tuple(typed(item) for item in value)
+    if isinstance(value, dict):
+        return "dict", frozenset((key, typed(item)) for key, item in value.items())
+    return type(value).__name__, repr(value)
+
+
+@given(WIRE, WIRE)
+def test_two_wire_values_have_the_same_form_only_if_they_are_the_same(one, other):
+    """No two structures share their bytes."""
+    assert (canonical(one) == canonical(other)) == (typed(one) == typed(other))
+
+
+@given(WIRE)
+def test_every_wire_value_keeps_its_form_over_the_wire(value):
+    """The form is what both sides of a message compute."""
+    assert canonical(over_the_wire(value)) == canonical(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        (object(), "arguments"),
+        ({"a": [1, object()]}, r"arguments\['a'\]\[1\]"),
+        ([(0, {"b": print})], r"arguments\[0\]\[1\]\['b'\]"),
+        ({(1, 2): 3}, "arguments"),
+        (1j, "arguments"),
+        (Point, "arguments"),
+        (["\ud800"], r"arguments\[0\]"),
+    ],
+    ids=["object", "nested", "function", "tuple key", "complex", "class", "surrogate"],
+)
+def test_what_has_no_form_is_refused_with_its_path(value, path):
+    """Never keyed by repr: a partial key serves wrong results."""
+    with pytest.raises(SerializationError, match=f"^{path}: "):
+        canonical(value)
+
+
+def test_a_value_that_holds_itself_is_refused():
+    """Depth without end is an error of ours."""
+    loop = []
+    loop.append(loop)
+    with pytest.raises(SerializationError, match="nested too deep"):
+        canonical(loop)
+
+
+def test_a_call_key_names_its_task():
+    """People see whose result it is, and two tasks never share one."""
+    one, other = call_key("shop.price", {"sku": "A"}), call_key("shop.stock", {"sku": "A"})
+    assert one.startswith("shop.price:")
+    assert one.rpartition(":")[2] == other.rpartition(":")[2]
+    assert check_key(one) == one
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers()), st.dictionaries(st.text(max_size=5), st.integers()))
+def test_call_keys_are_equal_for_equal_arguments_only(one, other):
+    """Order does not matter; anything else does."""
+    assert (call_key("f", one) == call_key("f", other)) == (one == other)
