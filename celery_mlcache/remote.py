@@ -61,7 +61,7 @@ class Script:
 
 
 def milliseconds(seconds: float) -> int:
-    """Round down, so that what this process believes never outlives what Redis keeps; at least 1."""
+    """Round down, to 1 at least: nobody's value lives longer than was asked."""
     return max(1, int(seconds * 1000))
 
 

@@ -25,6 +25,7 @@ from celery_mlcache.stats import Stats
 from celery_mlcache.wire import Message
 
 DRIFT: Final = 0.999  # our clock may run slower than the server's; twice what NTP slews at most
+ROUNDING: Final = 0.002  # seconds: Redis counts lives and clocks in whole milliseconds, rounded down
 Shelved = tuple[Any, Callable[[Any], Any] | None]  # an entry's value, and what makes a reader's own copy of it
 
 log = logging.getLogger("celery_mlcache")
@@ -151,7 +152,7 @@ class Tier:
     def keep(self, ticket: Ticket, stamp: int, shelved: Shelved, life: tuple[float, float]) -> None:
         """Put a copy into L1 if nothing newer has passed; *life* is (monotonic start, seconds in L2)."""
         sent_at, remaining = life
-        deadline = sent_at + min(remaining * DRIFT, self._l1_ttl)
+        deadline = sent_at + min(remaining * DRIFT - ROUNDING, self._l1_ttl)
         with self._lock:
             is_admitted = self.coherence.commit(ticket, stamp)
             if self.local is None:

@@ -90,7 +90,7 @@ class World:
 
     def foreign_delete(self) -> None:
         self.source += 1
-        self.server.delete([KEY], 60_000, 0)
+        self.server.delete([KEY], 0)
 
     def settle(self) -> None:
         for process in self.fleet:

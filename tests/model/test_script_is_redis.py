@@ -125,7 +125,9 @@ def pair(shared_redis, namespace, client):
         retry = Retry(NoBackoff(), 0)
         return Connection(port=shared_redis.port, socket_timeout=5, socket_connect_timeout=5, retry=retry, protocol=2)
 
-    real = RedisRemote(connect, names, guard=Open(), counts=Stats(), clock=time.monotonic, max_idle=2, tombstone_ttl=60.0)
+    real = RedisRemote(
+        connect, names, guard=Open(), counts=Stats(), clock=time.monotonic, max_idle=2, tombstone_ttl=60.0
+    )
     server = Server(Clock())
     both = (
         Relative(real, lambda: int(client.get(names.counter))),
