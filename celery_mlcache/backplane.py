@@ -91,7 +91,11 @@ class Backplane:
         reference = weakref.ref(listener)
         name = f"mlcache-backplane-{self.names.namespace}"
         self._thread = threading.Thread(target=self._run, args=(reference,), name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as exc:  # no more threads: L2 goes on serving, and there is no lease
+            self._thread = None
+            listener.on_lost(str(exc))
 
     def stop(self, timeout: float) -> bool:
         """Ask the thread to end and wait at most *timeout* seconds; return whether it has."""
@@ -131,14 +135,21 @@ class Backplane:
                 why = f"{type(exc).__name__}: {exc}"
             finally:
                 self._drop()
-            listener = reference()
-            if listener is None or self.stopped.is_set():
+            if not self._report(reference, why):
                 return
-            listener.on_lost(why)
-            del listener  # the pause must not keep an abandoned manager alive
             attempt = 0 if session is not None and session.was_proven else attempt + 1
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(attempt, 10))
             self.stopped.wait(pause * (0.5 + self._rng() / 2))
+
+    def _report(self, reference: weakref.ref[BackplaneListener], why: str) -> bool:
+        """Tell that the subscription is lost; return whether there is anybody left to tell."""
+        listener = reference()
+        if listener is None or self.stopped.is_set():
+            return False
+        # What a logging filter raises must not end the thread.
+        with contextlib.suppress(THREAD_ERRORS):
+            listener.on_lost(why)
+        return True
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

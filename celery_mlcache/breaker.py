@@ -58,7 +58,7 @@ class CircuitBreaker:
         self._clock = clock
         self._jitter = jitter
         self._on_change = on_change
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler or finalizer that runs under it may use the cache
         self._is_closed = True
         self._failures = 0  # stays above 0 while open, so that success() looks no further than this when closed
         self._backoff = 1

@@ -184,10 +184,13 @@ class Coherence:
         """Return the stamp that a fill may be fenced with, or None where it cannot be fenced any more."""
         if not token or ticket.raised > token:
             return None
-        is_covered = self._synced and self.is_proven and ticket.epoch == self.epoch and now < self._proof_until
-        if is_covered and self.applied >= token:
+        if self.is_covered(ticket, now) and self.applied >= token:
             token, taken_at = self.applied, max(self._proof_at, taken_at)
         return token if now - taken_at <= self._fence_life else None
+
+    def is_covered(self, ticket: Ticket, now: float) -> bool:
+        """Has the listener heard all that happened under *ticket*, up to the last proof, which is not long ago?"""
+        return self._synced and self.is_proven and ticket.epoch == self.epoch and now < self._proof_until
 
     def token(self) -> int:
         """Return the newest stamp that a reader of ours may have to be told of, barriers handed on."""

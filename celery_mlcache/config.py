@@ -532,11 +532,6 @@ class _Layers:
                 self.problems.append(f"{shown}: {layer[name].name} says the same (from {source})")
             else:
                 layer[name] = _Given(value, shown, source, rank)
-                if source == _CONF and bare == "redis_url" and "@" in str(value):
-                    self.notes.append(
-                        f"Celery shows {shown} in its reports, with the password: call it {_CONF_PREFIX}backend_url, "
-                        f"which it masks, or set {_CONF_PREFIX}redis_password"
-                    )
         return layer
 
     def _choose_location(self) -> None:

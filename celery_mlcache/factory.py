@@ -114,6 +114,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
         max_stale=config.max_stale if config.on_disconnect == "serve" else 0.0,
         clock=clock,
         on_alive=breaker.proof_of_life if breaker is not None else None,
+        is_copy=has_l2,
     )
     return Parts(
         policy=_policy(config, strict=strict),
@@ -156,7 +157,7 @@ def connector(config: CacheConfig, protocol: int) -> Callable[[], AbstractConnec
     """
     location = config.redis_location()
     options: dict[str, Any] = {
-        "db": location.db,
+        "db": str(location.db) if location.db else 0,  # text: see remote._pack
         "username": location.username,
         "password": location.password,
         "client_name": f"{config.redis_client_name}:{socket.gethostname().partition('.')[0]}:{os.getpid()}",

@@ -22,7 +22,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import isfinite
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -38,7 +37,7 @@ from celery_mlcache.errors import (
     SerializationError,
 )
 from celery_mlcache.keys import check_key, format_token, parse_token
-from celery_mlcache.protocols import RemoteStore, Snapshot, ValueCodec
+from celery_mlcache.protocols import Fence, RemoteStore, Snapshot, ValueCodec
 from celery_mlcache.singleflight import Flight, SingleFlight
 from celery_mlcache.stats import Stats
 from celery_mlcache.tier import Shelved, Tier
@@ -107,6 +106,7 @@ class _Found:
     shelved: Shelved = (None, None)
     token: int = 0
     stamp: int = 0
+    clock: float = 0.0  # the server's, when it answered
     is_absent: bool = False  # no live value, readable or not
     is_unanswered: bool = False
 
@@ -161,7 +161,7 @@ class CacheManager:
 
     def _reset(self) -> None:
         self._parts: Parts | None = None
-        self._build_lock = threading.Lock()
+        self._build_lock = threading.RLock()  # re-entrant for the same reason as the tier's
         self._coherence = _unproven()
         self._front_get: Callable[[str], Entry | None] = _NO_FRONT.get
         self._l1_hits = 0
@@ -183,6 +183,8 @@ class CacheManager:
             if self._is_closed:
                 raise CacheClosedError(self._name)
             parts = self._assemble()
+            if self.is_running:
+                return self._start()  # a signal handler came in between, and used the cache
             for inherited in self._inherited:
                 if inherited.abandon is not None:
                     inherited.abandon()
@@ -342,6 +344,8 @@ class CacheManager:
         """
         if ttl is not None:
             check_ttl(ttl)
+        if tags:
+            check_tags(tags)
         lease = self._coherence.lease_until  # as in get(), and written out for the same reason
         try:
             entry = self._front_get(key)
@@ -411,6 +415,7 @@ class CacheManager:
         parts = self._parts or self._start()
         if ttl is not None:
             check_ttl(ttl)
+        check_tags(tags)
         found, missing = self._look_many(parts, keys)
         if not missing:
             return found
@@ -482,13 +487,13 @@ class CacheManager:
         """Store by fenced adds; return the live values that were there already, by key."""
         if parts.remote is None:
             return self._fill_local(parts, drafts)
-        fenced: list[tuple[_Draft, int]] = []
+        fenced: list[tuple[_Draft, Fence]] = []
         for draft in drafts:
-            token = self._fence(parts, draft.found)
-            if token is None:
+            fence = self._fence(parts, draft.found)
+            if fence is None:
                 parts.stats.fills_refused += 1
             elif draft.found.is_absent:
-                fenced.append((draft, token))
+                fenced.append((draft, fence))
             else:
                 # A live value that cannot be read would win over every filler until it expires: swap it for ours.
                 self._swap(parts, parts.remote, draft)
@@ -497,25 +502,27 @@ class CacheManager:
             winners |= self._fill_remote(parts, parts.remote, batch)
         return winners
 
-    def _fence(self, parts: Parts, found: _Found) -> int | None:
-        """Return the stamp that a store after *found* may be fenced with, or None."""
+    def _fence(self, parts: Parts, found: _Found) -> Fence | None:
+        """Return what a store after *found* may be fenced with, or None."""
         if found.is_unanswered:
             return None  # L2 did not answer the read
-        return parts.tier.fence(found.ticket, found.token, found.taken_at)
+        return parts.tier.fence(found.ticket, Fence(found.token, found.clock), found.taken_at)
 
-    def _fill_remote(self, parts: Parts, remote: RemoteStore, batch: Sequence[tuple[_Draft, int]]) -> dict[str, _Found]:
+    def _fill_remote(
+        self, parts: Parts, remote: RemoteStore, batch: Sequence[tuple[_Draft, Fence]]
+    ) -> dict[str, _Found]:
         sent_at = self._clock()
         try:
-            outcomes = remote.fill([(draft.found.ticket.key, draft.tail, draft.life, token) for draft, token in batch])
+            outcomes = remote.fill([(draft.found.ticket.key, draft.tail, draft.life, fence) for draft, fence in batch])
         except RemoteStoreError as exc:
             self._dropped(parts, exc, len(batch))
             return {}
         winners: dict[str, _Found] = {}
-        for (draft, token), outcome in zip(batch, outcomes, strict=True):
+        for (draft, fence), outcome in zip(batch, outcomes, strict=True):
             ticket = draft.found.ticket
             if outcome.is_stored:
                 parts.stats.fills += 1
-                parts.tier.keep(ticket, token, draft.shelved, (sent_at, draft.life))
+                parts.tier.keep(ticket, fence.token, draft.shelved, (sent_at, draft.life))
             elif outcome.winner is not None:
                 parts.stats.fills_lost += 1
                 winner = self._take(parts, ticket, outcome.winner, sent_at)
@@ -595,6 +602,7 @@ class CacheManager:
         parts = self._parts or self._start()
         if ttl is not None:
             check_ttl(ttl)
+        check_tags(tags)
         lots: list[tuple[str, bytes, float]] = []
         shelved = []
         for given, value in items:
@@ -753,7 +761,7 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         key = check_key(key)
-        life = self._life(parts, ttl)
+        life = check_ttl(ttl)
         try:
             with self._alone(parts), parts.tier.writing((key,)) as (ticket,):
                 if parts.remote is None:
@@ -785,6 +793,7 @@ class CacheManager:
         key = check_key(key)
         if ttl is not None:
             check_ttl(ttl)
+        check_tags(tags)
         with parts.tier.tickets((key,)) as tickets:
             before = self._observe(parts, tickets[0])
             value = self._load(parts, loader)
@@ -809,7 +818,7 @@ class CacheManager:
             if snapshot is None:
                 found.is_unanswered = True
             else:
-                found.token, found.stamp = snapshot.token, snapshot.stamp
+                found.token, found.stamp, found.clock = snapshot.token, snapshot.stamp, snapshot.clock
                 found.is_absent = snapshot.data is None
         return found
 
@@ -837,7 +846,7 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         removed = 0
-        for batch in _batches(list(dict.fromkeys(check_key(key) for key in keys))):
+        for batch in _batches([check_key(key) for key in _distinct(keys)]):
             try:
                 with self._alone(parts), parts.tier.writing(batch) as tickets:
                     if parts.remote is not None:
@@ -996,7 +1005,8 @@ class CacheManager:
         ]
 
     def _take(self, parts: Parts, ticket: Ticket, snapshot: Snapshot, sent_at: float) -> _Found:
-        found = _Found(ticket, sent_at, token=snapshot.token, stamp=snapshot.stamp, is_absent=snapshot.data is None)
+        found = _Found(ticket, sent_at, token=snapshot.token, stamp=snapshot.stamp, clock=snapshot.clock)
+        found.is_absent = snapshot.data is None
         if snapshot.data is not None and snapshot.remaining is not None:
             try:
                 decoded = parts.codec.decode(ticket.key, snapshot.data)
@@ -1025,7 +1035,7 @@ def check_ttl(ttl: object) -> float:
     Raises:
         ValueError: It is not.
     """
-    if isinstance(ttl, (int, float)) and not isinstance(ttl, bool) and isfinite(ttl) and 0 < ttl <= MAX_TTL:
+    if isinstance(ttl, (int, float)) and not isinstance(ttl, bool) and 0 < ttl <= MAX_TTL:  # nan is neither
         return float(ttl)
     msg = f"ttl must be a number of seconds > 0 and <= {MAX_TTL:g}, or None for the default, not {ttl!r:.80}"
     raise ValueError(msg)
@@ -1037,6 +1047,9 @@ def _unproven() -> Coherence:
 
 
 def _distinct(keys: Iterable[str]) -> dict[str, None]:
+    if isinstance(keys, str):
+        msg = f"keys must be a list or another iterable of keys, not the str {keys!r:.80}"
+        raise TypeError(msg)
     given = list(keys)
     try:
         return dict.fromkeys(given)
@@ -1047,6 +1060,17 @@ def _distinct(keys: Iterable[str]) -> dict[str, None]:
 def _is_current(flight: Flight) -> bool:
     lead = flight.ticket
     return lead.is_current() if isinstance(lead, _Lead) else True  # without one it has not read anything yet
+
+
+def check_tags(tags: object) -> None:
+    """Refuse tags that are not a list or tuple of str.
+
+    Raises:
+        TypeError: They are not.
+    """
+    if not isinstance(tags, (list, tuple)) or not all(isinstance(tag, str) for tag in tags):
+        msg = f"tags must be a list or tuple of str, not {tags!r:.80}"
+        raise TypeError(msg)
 
 
 def _own_copy(shelved: Shelved) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from celery_mlcache.entry import Entry
 from celery_mlcache.wire import Message
@@ -77,6 +77,7 @@ class Snapshot:
         token: The namespace's counter at that instant: the fence of a fill that may follow.
         floor: The smallest stamp still alive.
         remaining: Seconds of life left in L2; None when there is no value.
+        clock: The server's clock, seconds since 1970.
     """
 
     data: bytes | None
@@ -84,6 +85,19 @@ class Snapshot:
     token: int
     floor: int
     remaining: float | None
+    clock: float = 0.0
+
+
+class Fence(NamedTuple):
+    """What a fill is fenced with: it is refused if anything happened to the key after this.
+
+    Attributes:
+        token: The stamp up to which the filler knows what happened.
+        clock: The server's clock then, seconds since 1970: tombstones from after it are still there for a while.
+    """
+
+    token: int
+    clock: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +142,8 @@ class RemoteStore(Protocol):
         """Put tombstones; return ``(stamp, number of live values removed)``."""
         ...
 
-    def fill(self, items: Sequence[tuple[str, bytes, float, int]]) -> list[Filled]:
-        """Store each ``(key, tail, ttl, token)`` only if nothing happened to it since its token."""
+    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]]) -> list[Filled]:
+        """Store each ``(key, tail, ttl, fence)`` only if nothing happened to it since its fence."""
         ...
 
     def increment(

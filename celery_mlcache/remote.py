@@ -20,6 +20,7 @@ import hashlib
 import os
 import socket
 import struct
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -42,10 +43,12 @@ from redis.exceptions import (
 
 from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.protocols import Filled, Guard, RemoteCounts, Snapshot
+from celery_mlcache.protocols import Fence, Filled, Guard, RemoteCounts, Snapshot
 from celery_mlcache.wire import KIND_TOMBSTONE, MAX_STAMP, split_value
 
 REMOTE_ERRORS: Final = (RedisError, OSError)
+# What redis-py and hiredis raise over bytes that are no RESP. Not Exception: a soft time limit must get through.
+NONSENSE: Final = (ValueError, TypeError, LookupError, ArithmeticError, SystemError)
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
 
 
@@ -97,7 +100,7 @@ class RedisRemote:
         self._max_idle = max_idle
         self._tombstone = milliseconds(tombstone_ttl)
         self._idle: deque[AbstractConnection] = deque()
-        self._open: set[AbstractConnection] = set()  # idle or busy: what a forked child has to let go of
+        self._open: weakref.WeakSet[AbstractConnection] = weakref.WeakSet()  # busy ones too: a child lets go of all
         self._pid = os.getpid()
         self._control = (names.counter, names.floor)
         self._seed, self._write, self._replace = Script("seed"), Script("write"), Script("replace")
@@ -115,7 +118,7 @@ class RedisRemote:
             counter_text, floor_text, *values = stored
             counter, floor = int(counter_text or 0), int(floor_text or 0)
             now_ms = int(server_clock[0]) * 1000 + int(server_clock[1]) / 1000
-        except (TypeError, ValueError, LookupError) as exc:
+        except NONSENSE as exc:
             raise self._misunderstood("read") from exc
         if len(values) != len(names):
             raise self._misunderstood("read")
@@ -123,7 +126,7 @@ class RedisRemote:
             return [_snapshot(data, now_ms, counter, floor) for data in values]
         # Lost (eviction, FLUSHALL, restart) or behind (a failover that lost writes): nothing stored counts.
         counter, floor = self.seed(seen=seen)
-        return [Snapshot(None, 0, counter, floor, None) for _ in keys]
+        return [Snapshot(None, 0, counter, floor, None, now_ms / 1000) for _ in keys]
 
     def seed(self, *, seen: int) -> tuple[int, int]:
         """Make sure that counter and floor exist and are not behind *seen*; return them."""
@@ -171,11 +174,13 @@ class RedisRemote:
             stamp, removed = reply
             return _stamp(stamp), int(removed)
 
-    def fill(self, items: Sequence[tuple[str, bytes, float, int]]) -> list[Filled]:
+    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]]) -> list[Filled]:
         """Store what nothing has passed since its token."""
         arguments: list[Any] = []
-        for _, tail, ttl, token in items:
-            arguments += (token, milliseconds(ttl), tail)
+        for _, tail, ttl, fence in items:
+            # Half a tombstone's life after the fence: what is left for the command to wait in a frozen server's buffer.
+            until_ms = int(fence.clock * 1000) + self._tombstone // 2
+            arguments += (fence.token, until_ms, milliseconds(ttl), tail)
         reply = self._call("fill", self._fill, [key for key, *_ in items], arguments, seen=0, is_repeatable=False)
         with self._understanding("fill"):
             *outcomes, counter, floor, now_us = reply
@@ -231,7 +236,7 @@ class RedisRemote:
 
         Closes this process's copies of the descriptors; no destructor of an inherited object runs a protocol.
         """
-        for connection in self._open:
+        for connection in list(self._open):
             abandon_socket(connection)
 
     def _call(
@@ -273,7 +278,7 @@ class RedisRemote:
             if not isinstance(exc, NoScriptError):
                 self._counts.l2_errors += 1
             raise RemoteStoreError(op, str(exc)) from exc
-        except REMOTE_ERRORS as exc:
+        except (*REMOTE_ERRORS, *NONSENSE) as exc:
             self._guard.failure()
             self._counts.l2_errors += 1
             raise RemoteStoreError(op, f"{type(exc).__name__}: {exc}", outcome_unknown=True) from exc
@@ -348,7 +353,7 @@ class RedisRemote:
     def _understanding(self, op: str) -> Iterator[None]:
         try:
             yield
-        except (TypeError, ValueError, LookupError) as exc:
+        except NONSENSE as exc:
             raise self._misunderstood(op) from exc
 
     def _misunderstood(self, op: str) -> RemoteStoreError:
@@ -360,16 +365,19 @@ class RedisRemote:
 
 def _snapshot(data: Any, now_ms: float, counter: int, floor: int) -> Snapshot:
     split = split_value(data) if isinstance(data, bytes) else None
-    if split is None or split[0] < floor:
-        return Snapshot(None, 0, counter, floor, None)
+    clock = now_ms / 1000
+    if split is None or not floor <= split[0] <= counter:
+        return Snapshot(None, 0, counter, floor, None, clock)
     stamp, expires_ms, kind = split
     if kind == KIND_TOMBSTONE:
-        return Snapshot(None, stamp, counter, floor, None)
+        return Snapshot(None, stamp, counter, floor, None, clock)
     # The clock was read before the value, and the caller counts from before it asked: never too long.
     remaining = (expires_ms - now_ms) / 1000
     if remaining <= 0:
-        return Snapshot(None, stamp, counter, floor, None)  # the key outlives a short-lived value, as its tombstone
-    return Snapshot(data, stamp, counter, floor, remaining)
+        return Snapshot(
+            None, stamp, counter, floor, None, clock
+        )  # the key outlives a short-lived value, as its tombstone
+    return Snapshot(data, stamp, counter, floor, remaining, clock)
 
 
 def _filled(outcome: Any, order: tuple[float, int, int]) -> Filled:

@@ -97,7 +97,7 @@ class SingleFlight:
         self._max_wait = max_wait
         self._clock = clock
         self._table: dict[str, Flight] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler or finalizer that runs under it may use the cache
 
     def __len__(self) -> int:
         """Return how many flights are under way."""

@@ -20,7 +20,7 @@ from celery_mlcache.coherence import Act, Coherence, Ticket
 from celery_mlcache.entry import MISS, Entry
 from celery_mlcache.errors import NotAnIntegerError
 from celery_mlcache.local import Local
-from celery_mlcache.protocols import Pulse, Snapshot
+from celery_mlcache.protocols import Fence, Pulse, Snapshot
 from celery_mlcache.stats import Stats
 from celery_mlcache.wire import Message
 
@@ -80,6 +80,7 @@ class Tier:
         max_stale: Seconds after the last proof for which L1 may answer without a lease; 0: not at all.
         clock: Monotonic seconds.
         on_alive: Called when a heartbeat was answered.
+        is_copy: What L1 holds are copies of what L2 holds, and must not outlive it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Tier:
         max_stale: float,
         clock: Callable[[], float],
         on_alive: Callable[[], None] | None = None,
+        is_copy: bool = True,
     ) -> None:
         self.coherence = coherence
         self.local = local
@@ -103,6 +105,8 @@ class Tier:
         self._max_stale = max_stale
         self._clock = clock
         self._on_alive = on_alive
+        self._drift, self._rounding = (DRIFT, ROUNDING) if is_copy else (1.0, 0.0)
+        self._proof_clock = 0.0  # the server's clock at the last proof
         self._clock_offset: float | None = None  # the server's clock less ours
         # Re-entrant: the collector may run a user's finalizer under it, and that may use the cache.
         self._lock = threading.RLock()
@@ -152,7 +156,7 @@ class Tier:
     def keep(self, ticket: Ticket, stamp: int, shelved: Shelved, life: tuple[float, float]) -> None:
         """Put a copy into L1 if nothing newer has passed; *life* is (monotonic start, seconds in L2)."""
         sent_at, remaining = life
-        deadline = sent_at + min(remaining * DRIFT - ROUNDING, self._l1_ttl)
+        deadline = sent_at + min(remaining * self._drift - self._rounding, self._l1_ttl)
         with self._lock:
             is_admitted = self.coherence.commit(ticket, stamp)
             if self.local is None:
@@ -201,10 +205,15 @@ class Tier:
         with self._lock:
             return self.coherence.admits(ticket, stamp)
 
-    def fence(self, ticket: Ticket, token: int, taken_at: float) -> int | None:
-        """Return the stamp that a fill may be fenced with now, or None."""
+    def fence(self, ticket: Ticket, fence: Fence, taken_at: float) -> Fence | None:
+        """Return what a fill may be fenced with now, or None; *taken_at* is our clock when *fence* was asked for."""
         with self._lock:
-            return self.coherence.fence(ticket, token, taken_at, self._clock())
+            now = self._clock()
+            token = self.coherence.fence(ticket, fence.token, taken_at, now)
+            if token is None:
+                return None
+            is_covered = self.coherence.is_covered(ticket, now)
+            return Fence(token, max(fence.clock, self._proof_clock) if is_covered else fence.clock)
 
     def is_current(self, ticket: Ticket, token: int, barrier: int, age: float) -> bool:
         """May a newcomer share the answer of a flight? See :meth:`Coherence.is_current`."""
@@ -269,6 +278,8 @@ class Tier:
         """Renew the lease."""
         with self._lock:
             act = self.coherence.prove(pulse)
+            # Half a round trip too early at most: the clock stood at the question's end of the trip or later.
+            self._proof_clock = pulse.server_time - (pulse.received_at - pulse.sent_at)
             self._apply(act)
         # Half a round trip is the error; the server's clock itself never enters a decision.
         self._clock_offset = pulse.server_time - (pulse.sent_at + pulse.received_at) / 2

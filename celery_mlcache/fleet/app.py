@@ -25,6 +25,7 @@ from celery_mlcache.manager import CacheManager, Parts
 
 PREFIX: Final = "mlcache_"
 URL_SETTINGS: Final = ("mlcache_redis_url", "mlcache_backend_url")
+MASK: Final = "********"
 _ATTRIBUTE: Final = "_mlcache_fleet"
 PASSWORD_SETTING: Final = "mlcache_redis_password"  # noqa: S105 - the name of a setting
 
@@ -34,8 +35,7 @@ log = logging.getLogger("celery_mlcache")
 class Fleet:
     """The cache of one Celery app.
 
-    Thread-safe where its manager is. All that a fork inherits is the process id of a confined parent, which no child
-    has.
+    Thread-safe where its manager is. A fork inherits settings, which never change, and a manager that starts anew.
     """
 
     def __init__(self, app: Celery, config: CacheConfig | None, overrides: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ class Fleet:
         self.overrides = dict(overrides)
         self.is_implicit = False  # made by a cached task, not by setup_cache
         self._settled: CacheConfig | None = None
-        self._confined_pid: int | None = None
+        self._hidden: dict[str, str] = {}  # settings as they were given, by their names in app.conf
         self.cache = CacheManager(self._assemble, name=app.main or "celery")
 
     @property
@@ -58,34 +58,38 @@ class Fleet:
             self._settled = self.given if self.given is not None else self._load()
         return self._settled
 
+    @property
+    def is_confined(self) -> bool:
+        """Return whether this process is a prefork MainProcess."""
+        return lifecycle.is_confined()
+
     def reconfigure(self, config: CacheConfig | None, overrides: Mapping[str, Any]) -> None:
         """Take other settings, before anything was built with the old ones."""
         self.given, self.overrides, self._settled = config, dict(overrides), None
 
     def confine(self) -> None:
         """Let this process, a prefork MainProcess, have no L1, no listener and no thread; its children may."""
-        self._confined_pid = os.getpid()
+        lifecycle.confine_process()
         if self.cache.is_running:
             log.warning("the cache was used before the worker forked; it starts again", extra={"pid": os.getpid()})
             self.cache.release(0.5)
-
-    @property
-    def is_confined(self) -> bool:
-        """Return whether this process is a prefork MainProcess."""
-        return self._confined_pid == os.getpid()
 
     def operator(self) -> CacheManager:
         """Return a manager for one administrative act: no L1, no thread, and L2's errors are raised."""
         return CacheManager(lambda: assemble(self.config, with_l1=False, strict=True), name=self.config.cache_namespace)
 
+    def hide_passwords(self) -> None:
+        """See to it that no report of ``app.conf`` shows one."""
+        hide_passwords(self.app.conf, self._hidden)
+
     def _assemble(self) -> Parts:
-        return assemble(self.config, with_l1=not self.is_confined)
+        return assemble(self.config, with_l1=not lifecycle.is_confined())
 
     def _load(self) -> CacheConfig:
         len(self.app.conf)  # read now: what stands here until the first look-up is another object
         conf = self.app.conf
-        hide_passwords(conf)
-        own = {name: conf[raw] for raw, name in _own_settings(conf).items()}
+        self.hide_passwords()
+        own = {name: self._hidden.get(raw, conf[raw]) for raw, name in _own_settings(conf).items()}
         sources = [("app.conf", own), *sources_from_celery(conf)]
         namespace = re.sub(r"[^A-Za-z0-9_.:-]", "-", self.app.main or "").strip("_.:-")
         if namespace:
@@ -157,7 +161,7 @@ def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *
         app.mlcache = fleet.cache  # where users of a Celery extension look for it
         app.on_after_configure.connect(_hide_when_configured, weak=False, dispatch_uid="mlcache.hide")
         if getattr(app, "configured", False):
-            hide_passwords(app.conf)
+            fleet.hide_passwords()
         lifecycle.connect(find_fleet)
     elif (config is not None or overrides) and (config, dict(overrides)) != (fleet.given, fleet.overrides):
         if fleet.cache.is_running:
@@ -175,7 +179,9 @@ def _real(app: Any) -> Celery:
 
 
 def _hide_when_configured(sender: Celery, **_: Any) -> None:
-    hide_passwords(sender.conf)
+    fleet = find_fleet(sender)
+    if fleet is not None:
+        fleet.hide_passwords()
 
 
 def _own_settings(conf: Any) -> dict[str, str]:
@@ -185,14 +191,18 @@ def _own_settings(conf: Any) -> dict[str, str]:
     return {raw: name for raw, name in names.items() if name.lower().startswith(PREFIX)}
 
 
-def hide_passwords(conf: Any) -> None:
+def hide_passwords(conf: Any, hidden: dict[str, str]) -> None:
     """Move passwords out of ``mlcache_*_url`` into ``mlcache_redis_password``, which Celery masks.
 
-    ``celery report``, ``inspect conf`` and Flower print every other setting as it is.
+    ``celery report``, ``inspect conf`` and Flower print every other setting as it is. Where a URL holds more than one
+    (sentinels) or in another place (``?password=``), it is masked whole, and *hidden* keeps what it was.
     """
     for raw, name in _own_settings(conf).items():
         url = conf[raw]
-        if name.lower() not in URL_SETTINGS or not isinstance(url, str) or "@" not in url or ";" in url:
+        if name.lower() not in URL_SETTINGS or not isinstance(url, str) or url == MASK:
+            continue
+        if ";" in url or "password" in url.partition("?")[2]:
+            hidden[raw], conf[raw] = url, MASK
             continue
         parts = urlsplit(url)
         user, _, password = parts.netloc.rpartition("@")[0].partition(":")

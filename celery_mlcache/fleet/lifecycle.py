@@ -20,6 +20,7 @@ a SIGKILL skips all of it.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +37,20 @@ MAIN_BUDGET: Final = 0.5
 
 log = logging.getLogger("celery_mlcache")
 _find: Callable[[Any], Fleet | None] = lambda _app: None  # noqa: E731 - until the first app is set up
+
+
+_confined_pid: int | None = None
+
+
+def confine_process() -> None:
+    """Note that this process is a prefork MainProcess."""
+    global _confined_pid  # noqa: PLW0603 - a process is confined as a whole, whatever apps it holds
+    _confined_pid = os.getpid()
+
+
+def is_confined() -> bool:
+    """Return whether this process is a prefork MainProcess: no L1, no listener and no thread, for any app."""
+    return _confined_pid == os.getpid()
 
 
 def connect(find: Callable[[Any], Fleet | None]) -> None:
@@ -55,6 +70,10 @@ def connect(find: Callable[[Any], Fleet | None]) -> None:
 def on_worker_init(sender: Any, **_: Any) -> None:
     """MainProcess, before anything is forked: settle the settings, confine prefork, register the commands."""
     fleet = _find(sender.app)
+    if is_prefork(sender.pool_cls):
+        confine_process()
+        if fleet is not None:
+            fleet.confine()
     if fleet is None:
         return
     import celery_mlcache.fleet.control  # noqa: F401, PLC0415 - 60 ms that producers need not pay
@@ -65,8 +84,6 @@ def on_worker_init(sender: Any, **_: Any) -> None:
         # Only BaseException passes through a signal. A worker with a cache that cannot work must not look healthy.
         msg = f"celery_mlcache: {exc}"
         raise SystemExit(msg) from None
-    if is_prefork(sender.pool_cls):
-        fleet.confine()
     log.debug("cache ready to start", extra={"namespace": config.cache_namespace})
 
 
@@ -100,7 +117,7 @@ def is_prefork(pool: Any) -> bool:
 
 def _warm(app: Any) -> None:
     fleet = _find(app)
-    if fleet is not None and not fleet.is_confined:
+    if fleet is not None and not is_confined():
         fleet.cache.warm()
 
 

@@ -1,9 +1,9 @@
 -- ARGV[4] names. Returns {stamp, live values removed}.
 local stamp, floor = next_stamp()
+announce('D', stamp, ARGV[4])
 local removed = 0
 for i = 3, #KEYS do
   if stored(KEYS[i], floor) then removed = removed + 1 end
   put(KEYS[i], stamp, after(ARGV[3]), string.char(TOMBSTONE))
 end
-announce('D', stamp, ARGV[4])
 return {stamp, removed}

@@ -18,6 +18,6 @@ else
   tail, number, expires = ARGV[7], tonumber(ARGV[8]), after(ARGV[6])
 end
 local stamp = redis.call('INCR', KEYS[1])
-write(KEYS[3], stamp, expires, tail)
 announce('W', stamp, ARGV[4])
+write(KEYS[3], stamp, expires, tail)
 return {stamp, digits(number), digits(math.max(expires - now_us() / 1000, 0))}

@@ -4,7 +4,9 @@
 local VERSION, TOMBSTONE, INTEGER = 1, 84, 73
 local KIND_AT = 18 -- of wire.py's offsets, counted from 1
 local MARGIN = 1000000
-local MAX_STAMP, MAX_INTEGER = 9006099743113216, 9007199254740992 -- as wire.py's
+local MAX_INTEGER = 9007199254740992 -- as wire.py's
+
+local top = 0 -- the counter before this script: no stamp above it is one of ours
 
 local function digits(n) return string.format('%.0f', n) end
 
@@ -25,6 +27,7 @@ local function get(key)
   return type(data) == 'string' and data or nil
 end
 
+-- Before anything is stored: where an ACL forbids the channel the script must fail whole. It is one step either way.
 local function announce(op, stamp, names)
   local text = '1\n' .. op .. '\n' .. digits(stamp) .. '\n' .. digits(now_us())
   if names then text = text .. '\n' .. names end
@@ -37,11 +40,15 @@ local function order()
   local counter = tonumber(get(KEYS[1]) or '')
   local floor = tonumber(get(KEYS[2]) or '')
   local seen = tonumber(ARGV[2])
-  if counter and floor and counter >= seen then return counter, floor end
+  if counter and floor and counter >= seen then
+    top = counter
+    return counter, floor
+  end
   local seed = math.max(now_us(), seen + MARGIN, (counter or 0) + MARGIN, (floor or 0) + MARGIN)
+  announce('F', seed)
   redis.call('SET', KEYS[1], digits(seed))
   redis.call('SET', KEYS[2], digits(seed))
-  announce('F', seed)
+  top = seed
   return seed, seed
 end
 
@@ -70,7 +77,7 @@ local function stored(key, floor)
   local data = get(key)
   if not data or #data < KIND_AT or data:byte(1) ~= VERSION then return nil, 0 end
   local stamp, expires = struct.unpack('>I8I8', data, 2)
-  if stamp < floor or stamp > MAX_STAMP then return nil, 0 end
+  if stamp < floor or stamp > top then return nil, 0 end
   if data:byte(KIND_AT) == TOMBSTONE or expires <= now_ms() then return nil, stamp end
   return data, stamp, expires
 end

@@ -10,6 +10,6 @@ end
 if ARGV[5] ~= '' then expires = after(ARGV[5]) end
 if not expires then return 0 end -- its life ended meanwhile
 local stamp = redis.call('INCR', KEYS[1])
-write(KEYS[3], stamp, expires, ARGV[6])
 announce('W', stamp, ARGV[4])
+write(KEYS[3], stamp, expires, ARGV[6])
 return stamp

@@ -3,6 +3,6 @@ local _, floor = order()
 local data = stored(KEYS[3], floor)
 if not data then return 0 end
 local stamp = redis.call('INCR', KEYS[1])
-write(KEYS[3], stamp, after(ARGV[5]), data:sub(KIND_AT))
 announce('W', stamp, ARGV[4])
+write(KEYS[3], stamp, after(ARGV[5]), data:sub(KIND_AT))
 return stamp

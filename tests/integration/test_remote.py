@@ -17,6 +17,7 @@ from celery_mlcache.config import CacheConfig
 from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
 from celery_mlcache.factory import COMMANDS, connector
 from celery_mlcache.keys import RedisNames
+from celery_mlcache.protocols import Fence
 from celery_mlcache.remote import RedisRemote
 from celery_mlcache.stats import Stats
 from tests.support import logs, processes
@@ -139,11 +140,11 @@ class TestScripts:
         (before,) = remote.read(["k"], seen=0)
         stamp, removed = remote.delete(["k"], seen=0)
         assert removed == 0
-        (refused,) = remote.fill([("k", self.TAIL, 9.0, before.token)])
+        (refused,) = remote.fill([("k", self.TAIL, 9.0, Fence(before.token, 1e11))])
         assert (refused.is_stored, refused.refused) == (False, "fence")
-        (stored,) = remote.fill([("k", self.TAIL, 9.0, stamp)])
+        (stored,) = remote.fill([("k", self.TAIL, 9.0, Fence(stamp, 1e11))])
         assert stored.is_stored
-        (lost,) = remote.fill([("k", self.TAIL, 9.0, stamp)])
+        (lost,) = remote.fill([("k", self.TAIL, 9.0, Fence(stamp, 1e11))])
         assert lost.refused == "winner"
         assert lost.winner is not None
         assert lost.winner.data.endswith(self.TAIL)
@@ -152,7 +153,7 @@ class TestScripts:
         """A token below the floor fills nothing."""
         (before,) = remote.read(["k"], seen=0)
         remote.clear(seen=0)
-        (refused,) = remote.fill([("k", self.TAIL, 9.0, before.token)])
+        (refused,) = remote.fill([("k", self.TAIL, 9.0, Fence(before.token, 1e11))])
         assert refused.refused == "fence"
 
     def test_a_lost_counter_starts_above_everything(self, remote):

@@ -31,7 +31,7 @@ from celery import Celery
 app = Celery("tiny", broker=os.environ["TINY_BROKER"], backend=os.environ["TINY_BACKEND"])
 app.conf.update(eval(os.environ.get("TINY_CONF", "{}")), broker_connection_retry_on_startup=True)
 
-@app.task
+@app.task(shared=False)
 def pid():
     return os.getpid()
 """

@@ -15,6 +15,7 @@ from redis.retry import Retry
 
 from celery_mlcache.errors import NotAnIntegerError
 from celery_mlcache.keys import RedisNames
+from celery_mlcache.protocols import Fence
 from celery_mlcache.remote import RedisRemote
 from celery_mlcache.stats import Stats
 from celery_mlcache.wire import HEAD_SIZE, parse_message, split_value
@@ -93,7 +94,9 @@ class Relative:
                     stamp, removed = remote.delete([key, "both"], seen=seen)
                     return self.rel(stamp), removed
                 case "fill":
-                    return [self.filled(found) for found in remote.fill([(key, tail, ttl, self.base + token)])]
+                    return [
+                        self.filled(found) for found in remote.fill([(key, tail, ttl, Fence(self.base + token, 1e11))])
+                    ]
                 case "increment":
                     stamp, total, life = remote.increment(key, number, initial=(number, tail, ttl), seen=seen)
                     return self.rel(stamp), total, round(life / 30)

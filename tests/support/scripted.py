@@ -26,7 +26,7 @@ from celery_mlcache.entry import Entry
 from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
 from celery_mlcache.local import Local
 from celery_mlcache.manager import CacheManager, Parts, Policy
-from celery_mlcache.protocols import BackplaneListener, Filled, Pulse, Snapshot
+from celery_mlcache.protocols import BackplaneListener, Fence, Filled, Pulse, Snapshot
 from celery_mlcache.singleflight import SingleFlight
 from celery_mlcache.stats import Stats
 from celery_mlcache.tier import Tier
@@ -151,9 +151,11 @@ class Server:
     def _snapshot(self, key: str, counter: int, floor: int) -> Snapshot:
         found, stamp = self._stored(key, floor)
         if found is None:
-            return Snapshot(None, stamp, counter, floor, None)
+            return Snapshot(None, stamp, counter, floor, None, self.now_us() / 1e6)
         remaining = max(0.0, (found.expires_ms - self.now_us() / 1000) / 1000)
-        return Snapshot(pack_head(stamp, found.expires_ms) + found.tail, stamp, counter, floor, remaining)
+        return Snapshot(
+            pack_head(stamp, found.expires_ms) + found.tail, stamp, counter, floor, remaining, self.now_us() / 1e6
+        )
 
     # ---- the scripts ----------------------------------------------------------------------------------------
 
@@ -193,11 +195,13 @@ class Server:
         self._announce("D", stamp, *keys)
         return stamp, removed
 
-    def fill(self, items: Sequence[tuple[str, bytes, int, int]]) -> list[Filled]:
+    def fill(self, items: Sequence[tuple[str, bytes, int, Fence]]) -> list[Filled]:
         outcome = []
-        for key, tail, ms, token in items:
+        now_ms = self.now_us() // 1000
+        for key, tail, ms, (token, clock) in items:
             answer = Filled(is_stored=False, winner=None, refused="fence")
-            if self.counter and self.floor and self.counter >= token and self.floor <= token:
+            is_early = now_ms <= int(clock * 1000) + milliseconds(TOMBSTONE_TTL) // 2
+            if self.counter and self.floor and self.counter >= token and self.floor <= token and is_early:
                 found, stamp = self._stored(key, self.floor)
                 if found is not None:
                     winner = self._snapshot(key, self.counter, self.floor)
@@ -281,7 +285,7 @@ class ScriptedRemote:
         found = self._call("read", lambda: self.server.read(keys, seen))
         if found is None:
             counter, floor = self._call("seed", lambda: self.server.order(seen))
-            return [Snapshot(None, 0, counter, floor, None) for _ in keys]
+            return [Snapshot(None, 0, counter, floor, None, self.server.now_us() / 1e6) for _ in keys]
         return list(found)
 
     def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
@@ -298,8 +302,8 @@ class ScriptedRemote:
     def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
         return self._call("delete", lambda: self.server.delete(keys, seen))
 
-    def fill(self, items: Sequence[tuple[str, bytes, float, int]]) -> list[Filled]:
-        lot = [(key, tail, milliseconds(ttl), token) for key, tail, ttl, token in items]
+    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]]) -> list[Filled]:
+        lot = [(key, tail, milliseconds(ttl), fence) for key, tail, ttl, fence in items]
         return list(self._call("fill", lambda: self.server.fill(lot)))
 
     def increment(
@@ -599,7 +603,7 @@ class GreenEvent:
 
 
 # What singleflight finds under the name "threading": each actor counts as a thread.
-GREEN_THREADING = SimpleNamespace(Event=GreenEvent, Lock=threading.Lock, get_ident=lambda: id(greenlet.getcurrent()))
+GREEN_THREADING = SimpleNamespace(Event=GreenEvent, RLock=threading.RLock, get_ident=lambda: id(greenlet.getcurrent()))
 
 
 @dataclass

@@ -563,13 +563,6 @@ class TestWarnings:
         assert notes(LIB_REDIS_SSL_CA_CERTS="/ca") == ["LIB_REDIS_SSL_CA_CERTS not used: TLS is off"]
         assert notes(LIB_REDIS_SSL_CA_CERTS="/ca", LIB_REDIS_URL="rediss://h") == []
 
-    def test_a_password_that_celery_would_show(self):
-        """A password in ``mlcache_redis_url`` is told, since ``celery report`` shows it."""
-        (note,) = notes(None, ("app.conf", {"mlcache_redis_url": f"redis://:{SECRET}@h"}))
-        assert "mlcache_backend_url" in note
-        assert SECRET not in note
-        assert notes(None, ("app.conf", {"mlcache_redis_url": "redis://h"})) == []
-
     @pytest.mark.parametrize(
         "build",
         [

@@ -175,7 +175,6 @@ class TestPasswords:
         assert (location.password, location.host, location.port, location.db) == (SECRET + "!", "cache", 3, 4)
         assert SECRET not in app.bugreport()
 
-    @pytest.mark.xfail(raises=ConfigurationWarning, reason="config.py takes every @ for a password that Celery shows")
     @pytest.mark.parametrize("userinfo", ["user", f"user:{SECRET}"])
     def test_a_user_in_the_url_is_no_reason_to_warn(self, userinfo):
         """A URL with a user warns of no password: there was none, or it has been moved."""
