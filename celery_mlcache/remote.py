@@ -235,6 +235,7 @@ class RedisRemote:
         """In a forked child: let go of the parent's sockets without a word on them.
 
         Closes this process's copies of the descriptors; no destructor of an inherited object runs a protocol.
+        One that another thread was just making when the process forked stays open, unused, until the child ends.
         """
         for connection in list(self._open):
             abandon_socket(connection)
