@@ -340,7 +340,6 @@ class RedisRemote:
         return connection, False
 
     def _drop(self, connection: AbstractConnection, *, is_clean: bool) -> None:
-        self._open.discard(connection)
         sock = socket_of(connection)
         with contextlib.suppress(*REMOTE_ERRORS):
             if not is_clean and sock is not None:
@@ -349,6 +348,7 @@ class RedisRemote:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 sock.close()
             connection.disconnect()
+        self._open.discard(connection)  # only now: a child forked in between has to let go of it
 
     @contextlib.contextmanager
     def _understanding(self, op: str) -> Iterator[None]:
