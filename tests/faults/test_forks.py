@@ -161,7 +161,8 @@ def child():
     assert not kept, f"{len(kept)} of {len(inherited)} inherited sockets are still open"
 
 # Every thread has its connection: one that is just being made has no owner yet, and stays open in a child.
-wait_until(lambda: len(sockets()) >= 5)
+opened = cache._parts.remote._open
+wait_until(lambda: len(opened) >= 4 and all(connection._sock for connection in list(opened)))
 for _ in range(20):
     reap(fork(child))
 """
