@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit, urlunsplit
+from weakref import WeakSet
 
 from celery import Celery, _state
 from celery.app import base as app_base
@@ -46,6 +47,7 @@ class Fleet:
         self._settled: CacheConfig | None = None
         self._hidden: dict[str, str] = {}  # settings as they were given, by their names in app.conf
         self.cache = CacheManager(self._assemble, name=app.main or "celery")
+        _FLEETS.add(self)
 
     @property
     def config(self) -> CacheConfig:
@@ -129,6 +131,11 @@ def fleet_of(app: Any) -> Fleet:
     return find_fleet(app) or _enrol(app, None, {}, is_implicit=True)
 
 
+def all_fleets() -> list[Fleet]:
+    """Return every fleet of this process."""
+    return list(_FLEETS)
+
+
 def find_fleet(app: Any) -> Fleet | None:
     """Return the app's fleet if it has one."""
     real = _real(app)
@@ -162,7 +169,7 @@ def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *
         app.on_after_configure.connect(_hide_when_configured, weak=False, dispatch_uid="mlcache.hide")
         if getattr(app, "configured", False):
             fleet.hide_passwords()
-        lifecycle.connect(find_fleet)
+        lifecycle.connect(find_fleet, all_fleets)
     elif (config is not None or overrides) and (config, dict(overrides)) != (fleet.given, fleet.overrides):
         if fleet.cache.is_running:
             raise ConfigurationError(["setup_cache() was called with other settings after the cache had been used"])
@@ -211,3 +218,6 @@ def hide_passwords(conf: Any, hidden: dict[str, str]) -> None:
             conf[raw] = urlunsplit(parts._replace(netloc=f"{user}@{host}" if user else host))
             if not conf.get(PASSWORD_SETTING):
                 conf[PASSWORD_SETTING] = unquote(password)
+
+
+_FLEETS: WeakSet[Fleet] = WeakSet()

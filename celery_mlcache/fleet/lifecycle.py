@@ -39,6 +39,7 @@ log = logging.getLogger("celery_mlcache")
 _find: Callable[[Any], Fleet | None] = lambda _app: None  # noqa: E731 - until the first app is set up
 
 
+_everyone: Callable[[], list[Fleet]] = list
 _confined_pid: int | None = None
 
 
@@ -53,10 +54,10 @@ def is_confined() -> bool:
     return _confined_pid == os.getpid()
 
 
-def connect(find: Callable[[Any], Fleet | None]) -> None:
+def connect(find: Callable[[Any], Fleet | None], everyone: Callable[[], list[Fleet]]) -> None:
     """Connect the handlers; calling it again changes nothing."""
-    global _find  # noqa: PLW0603 - signals are global to the process as well
-    _find = find
+    global _find, _everyone
+    _find, _everyone = find, everyone
     for signal, handler in (
         (signals.worker_init, on_worker_init),
         (signals.worker_process_init, on_process_init),
@@ -72,8 +73,8 @@ def on_worker_init(sender: Any, **_: Any) -> None:
     fleet = _find(sender.app)
     if is_prefork(sender.pool_cls):
         confine_process()
-        if fleet is not None:
-            fleet.confine()
+        for each in _everyone():
+            each.confine()
     if fleet is None:
         return
     import celery_mlcache.fleet.control  # noqa: F401, PLC0415 - 60 ms that producers need not pay

@@ -22,6 +22,12 @@ from tests.support.scripts import run_python
 
 
 @pytest.fixture(autouse=True)
+def _unconfined(monkeypatch):
+    """A process is confined for good; this one only for a test."""
+    monkeypatch.setattr(lifecycle, "_confined_pid", None)
+
+
+@pytest.fixture(autouse=True)
 def _no_shared_leftovers(monkeypatch):
     """What a test shares with every app is gone after it."""
     monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
