@@ -37,8 +37,6 @@ MAIN_BUDGET: Final = 0.5
 
 log = logging.getLogger("celery_mlcache")
 _find: Callable[[Any], Fleet | None] = lambda _app: None  # noqa: E731 - until the first app is set up
-
-
 _everyone: Callable[[], list[Fleet]] = list
 _confined_pid: int | None = None
 

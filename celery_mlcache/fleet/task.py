@@ -19,8 +19,7 @@ from celery import Celery, Task, shared_task
 
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import ConfigurationError, SerializationError
-from celery_mlcache.fleet import lifecycle
-from celery_mlcache.fleet.app import all_fleets, find_fleet, fleet_of
+from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.keys import call_key
 from celery_mlcache.manager import CacheManager, check_ttl
 
@@ -81,9 +80,6 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Wrap the ``run`` of this class: a staticmethod from ``@app.task``, a method, or that of another base."""
         super().__init_subclass__(**kwargs)
-        lifecycle.connect(
-            find_fleet, all_fleets
-        )  # the worker's signals may come before the first call, which sets the app up
         run: Any = inspect.getattr_static(cls, "run")
         if run is Task.__dict__["run"] or hasattr(run, _WRAPPED):
             return
@@ -106,6 +102,11 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     _mlcache_original: ClassVar[Callable[..., Any]]
     _mlcache_takes_self: ClassVar[bool]
     _mlcache_shape: ClassVar[CallShape]
+
+    @classmethod
+    def on_bound(cls, app: Celery) -> None:
+        """Give the app its cache, if nobody has: a worker checks the settings before it takes a task."""
+        fleet_of(app)
 
     @functools.cached_property
     def cache(self) -> TaskCache:
