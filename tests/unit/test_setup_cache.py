@@ -340,7 +340,11 @@ class TestWorkerInit:
 def test_a_cached_task_gives_its_app_a_cache_when_it_is_bound():
     """A worker whose app was never set up checks the settings too, before it takes a task; nothing is opened."""
     app = Celery("bound", set_as_current=False)
-    cached_task(app=app, name="bound.task", shared=False)(lambda: 1)
+
+    @cached_task(app=app, name="bound.task", shared=False)
+    def task():
+        return 1
+
     assert find_fleet(app) is None
     app.finalize()
     assert find_fleet(app).is_implicit
