@@ -1,4 +1,4 @@
-"""The coherence protocol's decisions: no I/O, no clock, no lock, no thread; the manager holds one lock round all of it.
+"""The coherence protocol's decisions: no I/O, no clock, no lock, no thread; the tier holds one lock round all of it.
 
 Theory of operation. Every write takes a *stamp* from one counter in Redis, in the script that also stores and
 announces it, so stamps are at once versions, sequence numbers of the channel and fences. This process has *applied*
@@ -43,7 +43,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What the manager must do to L1 now.
+    """What the tier must do to L1 now.
 
     Attributes:
         keys: Copies of these keys older than ``stamp`` are dead.
@@ -62,7 +62,7 @@ class Act:
 class Coherence:
     """Stamps, tickets, lease and fences of one process.
 
-    Not thread-safe: callers hold the manager's lock, except for reading ``lease_until`` on the hit path, which is one
+    Not thread-safe: callers hold the tier's lock, except for reading ``lease_until`` on the hit path, which is one
     attribute read. Not for use after a fork: the child builds a new one.
 
     Args:
@@ -135,8 +135,7 @@ class Coherence:
 
         A slower operation under the same ticket may hold something older, so every commit raises it.
         """
-        self.note(stamp)
-        self.seen = max(self.seen, stamp)
+        self._see(stamp)
         is_admitted = self.admits(ticket, stamp)
         self._raise(ticket, stamp)
         return is_admitted
@@ -147,8 +146,7 @@ class Coherence:
         A slower read under the same ticket may hold what was there before, and whoever is told of the miss must not
         see the value again.
         """
-        self.note(max(stamp, floor))
-        self.seen = max(self.seen, stamp, floor)
+        self._see(max(stamp, floor))
         self._raise(ticket, stamp)
         self._raise_floor(floor)
 
@@ -198,8 +196,7 @@ class Coherence:
 
     def flushed(self, stamp: int) -> None:
         """This process raised the floor itself."""
-        self.note(stamp)
-        self.seen = max(self.seen, stamp)
+        self._see(stamp)
         self._raise_floor(stamp)
 
     def void(self) -> None:
@@ -227,8 +224,7 @@ class Coherence:
                 self._raise_floor(stamp)
             # Only in-order messages count as known to exist: garbage must not push the counter up.
             self.applied = stamp
-            self.note(stamp)
-            self.seen = max(self.seen, stamp)
+            self._see(stamp)
             self._grant()
         return Act(keys=message.keys, stamp=stamp, is_flush=is_flush)
 
@@ -246,8 +242,7 @@ class Coherence:
         self.applied = pulse.stamp
         self.floor = pulse.floor if void else max(self.floor, pulse.floor)
         self.is_proven = True
-        self.note(pulse.stamp)
-        self.seen = max(self.seen, pulse.stamp)
+        self._see(pulse.stamp)
         self._proof_at = pulse.sent_at
         self._proof_until = pulse.sent_at + self._delta
         if self.required > pulse.stamp and pulse.sent_at > self._barrier_at:
@@ -280,6 +275,10 @@ class Coherence:
         return self.applied >= self.required and now < self._proof_until - self._delta + max_stale
 
     # ---- inside ---------------------------------------------------------------------------------------------
+
+    def _see(self, stamp: int) -> None:
+        self.note(stamp)
+        self.seen = max(self.seen, stamp)
 
     def _raise(self, ticket: Ticket, stamp: int) -> None:
         for open_ticket in (ticket, self._tickets.get(ticket.key)):

@@ -141,7 +141,7 @@ def make_engine(backend: Backend, max_size: int) -> LocalEngine:
 class Local:
     """L1: the hot front and the engine behind it. A forked child builds a new one.
 
-    Callers hold the manager's lock for everything but :attr:`front_get`. To check that no invalidation has passed
+    Callers hold the tier's lock for everything but :attr:`front_get`. To check that no invalidation has passed
     and to put must be one step against the listener's discarding, or a copy could be put just after the message
     that should have killed it; no lock in here could join the two.
 
