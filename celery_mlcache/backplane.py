@@ -32,7 +32,7 @@ from redis.connection import AbstractConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.protocols import BackplaneListener, Pulse
+from celery_mlcache.protocols import BackplaneListener, Connector, Pulse
 from celery_mlcache.wire import parse_message
 
 THREAD_ERRORS: Final = Exception  # the thread's top: whatever goes wrong, L1 stays without a lease and we try again
@@ -54,7 +54,7 @@ class Backplane:
     Thread-safe. Not for use after a fork: the child builds a new one (:meth:`abandon` closes the inherited socket).
 
     Args:
-        connect: Makes an unconnected RESP3 connection with explicit timeouts and no retry.
+        connect: Makes unconnected RESP3 connections with explicit timeouts and no retry.
         names: Every Redis name of the namespace.
         seed: The source of the script that seeds a lost counter.
         heartbeat: Seconds between questions.
@@ -65,7 +65,7 @@ class Backplane:
 
     def __init__(
         self,
-        connect: Callable[[], AbstractConnection],
+        connect: Connector,
         names: RedisNames,
         *,
         seed: str,
@@ -74,7 +74,7 @@ class Backplane:
         clock: Callable[[], float] = time.monotonic,
         rng: Callable[[], float] = random.random,
     ) -> None:
-        self._connect = connect
+        self.connect = connect
         self.names = names
         self.seed = seed
         self.heartbeat = heartbeat
@@ -126,7 +126,7 @@ class Backplane:
             session: _Session | None = None
             why = ""
             try:
-                connection = self._connection = self._connect()
+                connection = self._connection = self.connect()
                 connection.connect()
                 refuse_replica(connection)
                 session = _Session(self, connection, reference)
@@ -168,6 +168,7 @@ class _Session:
         if sock is None:
             raise RedisConnectionError("the connection has no socket")
         self._plane = plane
+        self._connection = connection
         self._sock = sock
         self._reference = reference
         self._reader = hiredis.Reader(notEnoughData=_NOT_YET)
@@ -214,6 +215,7 @@ class _Session:
         if listener is None:
             return
         names, plane = self._plane.names, self._plane
+        plane.connect.verify(self._connection)
         highest = listener.highest_stamp()
         if seed_above is None:
             packed = _pack("MGET", names.counter, names.floor) + _pack("TIME")
@@ -230,6 +232,7 @@ class _Session:
         if isinstance(reply, hiredis.PushNotification):
             self._handle_push(reply)
         elif isinstance(reply, hiredis.ReplyError):
+            self._plane.connect.is_moved(reply)
             raise RedisConnectionError(str(reply))
         elif self._question is None:
             raise RedisConnectionError("an answer that nobody asked for")

@@ -282,6 +282,9 @@ class CacheConfig(BaseSettings):
     redis_sentinel_username: _Text | None = Field(None, description="ACL user of the sentinels themselves")
     redis_sentinel_password: SecretStr | None = Field(None, description="Password of the sentinels themselves")
     redis_sentinel_password_file: _Text | None = Field(None, description="File that holds the sentinels' password")
+    redis_cluster: bool = Field(
+        False, description="The host is a node of a cluster; a URL with several hosts, redis://a:1,b:2, says the same"
+    )
     redis_socket_timeout: _Number = Field(0.25, gt=0, le=60, description="Seconds a command may take at most")
     redis_connect_timeout: _Number = Field(0.25, gt=0, le=60, description="Seconds a connection may take at most")
     redis_max_connections: _Count = Field(32, ge=1, le=10_000, description="Idle connections kept, per process")
@@ -697,6 +700,19 @@ def _place_rules(config: CacheConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (*places, *names), "sentinels need redis_sentinel_master"
     elif config.redis_sentinel_master and not location.sentinels:
         yield names, "needs redis_sentinels or a sentinel:// URL"
+    yield from _cluster_rules(config, location)
+
+
+def _cluster_rules(config: CacheConfig, location: RedisLocation) -> Iterator[tuple[tuple[str, ...], str]]:
+    if config.redis_cluster and location.sentinels:
+        yield ("redis_cluster", "redis_sentinels", "redis_url"), "a cluster fails over by itself, without sentinels"
+    elif config.redis_cluster and location.socket_path:
+        yield ("redis_cluster", "redis_socket_path", "redis_url"), "a cluster is not reached through a Unix socket"
+    elif location.nodes and location.db:
+        yield ("redis_db", "redis_url", "redis_cluster"), f"a cluster has database 0 only, not {location.db}"
+    url = split_redis_url(config.redis_url.get_secret_value() if config.redis_url else "redis://")
+    if url.nodes and not location.nodes:
+        yield ("redis_cluster", "redis_url"), "several hosts are a cluster's: redis_cluster must not be false"
 
 
 def _notes(config: CacheConfig, origin: _Origin) -> Iterator[str]:

@@ -11,13 +11,13 @@ import random
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import Any, Final
 
 from redis.backoff import NoBackoff
 from redis.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.retry import Retry
-from redis.sentinel import Sentinel
 
 from celery_mlcache.backplane import Backplane
 from celery_mlcache.breaker import CircuitBreaker
@@ -28,7 +28,9 @@ from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.keys import RedisNames
 from celery_mlcache.local import Local
 from celery_mlcache.manager import CacheManager, Parts, Policy
+from celery_mlcache.protocols import Connector
 from celery_mlcache.remote import RedisRemote, Script, abandon_socket
+from celery_mlcache.route import Address, ClusterGuide, Fixed, Guided, Route, SentinelGuide
 from celery_mlcache.singleflight import SingleFlight
 from celery_mlcache.stats import Stats
 from celery_mlcache.tier import Tier
@@ -77,6 +79,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
     breaker = remote = backplane = abandon = None
     if has_l2:
         names = RedisNames(config.cache_namespace, config.redis_location().db)
+        connect = connectors(config)
         breaker = CircuitBreaker(
             threshold=config.circuit_threshold,
             reset=config.circuit_reset,
@@ -85,7 +88,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
             on_change=_breaker_logger(config.cache_namespace),
         )
         remote = RedisRemote(
-            connector(config, COMMANDS),
+            connect(COMMANDS),
             names,
             guard=breaker,
             counts=stats,
@@ -95,7 +98,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
         )
         if is_synced:
             backplane = Backplane(
-                connector(config, PUSHES),
+                connect(PUSHES),
                 names,
                 seed=Script("seed").source,
                 heartbeat=config.heartbeat,
@@ -150,10 +153,16 @@ def _policy(config: CacheConfig, *, strict: bool) -> Policy:
     )
 
 
-def connector(config: CacheConfig, protocol: int) -> Callable[[], AbstractConnection]:
-    """Return a maker of unconnected connections, with every default of redis-py's that matters said here.
+def connector(config: CacheConfig, protocol: int) -> Connector:
+    """Return a maker of connections of one RESP version, on a route of its own."""
+    return connectors(config)(protocol)
 
-    Its own would wait 59 s for a frozen server (8.1: 5 s socket timeout, 10 retries).
+
+def connectors(config: CacheConfig) -> Callable[[int], Connector]:
+    """Return a maker of connectors by RESP version, which share what they learn of where the server is.
+
+    Every default of redis-py's that matters is said here: its own would wait 59 s for a frozen server (8.1: 5 s
+    socket timeout, 10 retries).
     """
     location = config.redis_location()
     options: dict[str, Any] = {
@@ -161,7 +170,6 @@ def connector(config: CacheConfig, protocol: int) -> Callable[[], AbstractConnec
         "username": location.username,
         "password": location.password,
         "client_name": f"{config.redis_client_name}:{socket.gethostname().partition('.')[0]}:{os.getpid()}",
-        "protocol": protocol,
         "decode_responses": False,
         "health_check_interval": 0,
         **_patience(config),
@@ -169,7 +177,9 @@ def connector(config: CacheConfig, protocol: int) -> Callable[[], AbstractConnec
     if location.socket_path is not None:
         path = location.socket_path
         del options["socket_connect_timeout"]  # only some releases of redis-py take it here; the other bounds it too
-        return lambda: UnixDomainSocketConnection(path=path, **options)  # type: ignore[abstract]  # it is not
+        return lambda protocol: Fixed(
+            lambda: UnixDomainSocketConnection(path=path, protocol=protocol, **options)  # type: ignore[abstract]  # it is not
+        )
     options["socket_keepalive"] = True
     kind: type[Connection] = Connection
     if location.tls is not None:
@@ -181,30 +191,50 @@ def connector(config: CacheConfig, protocol: int) -> Callable[[], AbstractConnec
             "ssl_cert_reqs": location.tls.cert_reqs,
             "ssl_check_hostname": location.tls.check_hostname and location.tls.cert_reqs != "none",
         }
-    if location.sentinels:
-        return _sentinel_connector(config, location, kind, options)
-    return lambda: kind(host=location.host, port=location.port, **options)
+
+    def dial(protocol: int, address: Address) -> AbstractConnection:
+        return kind(host=address[0], port=address[1], protocol=protocol, **options)
+
+    if not location.sentinels and not location.nodes:
+        return lambda protocol: Fixed(partial(dial, protocol, (location.host, location.port)))
+    route = _sentinel_route(config, location) if location.sentinels else _cluster_route(config, location, dial)
+    return lambda protocol: Guided(partial(dial, protocol), route)
 
 
-def _sentinel_connector(
-    config: CacheConfig, location: RedisLocation, kind: type[Connection], options: dict[str, Any]
-) -> Callable[[], AbstractConnection]:
-    """Ask the sentinels for the master for each new connection: after a failover that is all it takes."""
-    sentinel = Sentinel(
-        list(location.sentinels),
-        sentinel_kwargs={
-            "username": location.sentinel_username,
-            "password": location.sentinel_password,
-            "protocol": COMMANDS,
+def _sentinel_route(config: CacheConfig, location: RedisLocation) -> Route:
+    """Ask the sentinels for the master for each new connection, and at least twice in a staleness bound."""
+
+    def dial(address: Address) -> AbstractConnection:
+        return Connection(
+            host=address[0],
+            port=address[1],
+            username=location.sentinel_username,
+            password=location.sentinel_password,
+            protocol=COMMANDS,
             **_patience(config),
-        },
+        )
+
+    return Route(
+        dial,
+        SentinelGuide(str(location.sentinel_master)),
+        random.sample(location.sentinels, len(location.sentinels)),  # a fleet should not ask one of them alone
+        budget=config.redis_connect_timeout,
+        clock=time.monotonic,
+        recheck=config.staleness_bound / 2,
     )
 
-    def connect() -> AbstractConnection:
-        host, port = sentinel.discover_master(location.sentinel_master)
-        return kind(host=host, port=port, **options)
 
-    return connect
+def _cluster_route(
+    config: CacheConfig, location: RedisLocation, dial: Callable[[int, Address], AbstractConnection]
+) -> Route:
+    """Ask the cluster's nodes for the master of the namespace's slot for each new connection."""
+    return Route(
+        partial(dial, COMMANDS),
+        ClusterGuide(RedisNames(config.cache_namespace).counter),
+        random.sample(location.nodes, len(location.nodes)),
+        budget=config.redis_connect_timeout,
+        clock=time.monotonic,
+    )
 
 
 def _patience(config: CacheConfig) -> dict[str, Any]:

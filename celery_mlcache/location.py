@@ -33,7 +33,9 @@ class TlsOptions:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RedisLocation:
-    """One Redis, fully resolved: exactly one of sentinels, ``socket_path`` and ``host`` with ``port`` applies.
+    """One Redis, fully resolved: exactly one of nodes, sentinels, ``socket_path`` and ``host`` with ``port`` applies.
+
+    ``nodes`` are some of a cluster's, enough to ask for the rest.
 
     Immutable, hence safe to share; ``repr`` hides secrets, the attributes do not.
     """
@@ -49,6 +51,7 @@ class RedisLocation:
     sentinel_master: str | None = None
     sentinel_username: str | None = None
     sentinel_password: str | None = None
+    nodes: tuple[tuple[str, int], ...] = ()
 
     def __repr__(self) -> str:
         return f"<RedisLocation {safe_url(self)}>"
@@ -68,7 +71,8 @@ def safe_url(location: RedisLocation) -> str:
     if location.socket_path:
         return f"unix://{user}{quote(location.socket_path)}?db={location.db}"
     scheme = "rediss" if location.tls else "redis"
-    return f"{scheme}://{user}{netloc(location.host, location.port)}/{location.db}"
+    hosts = ",".join(netloc(host, port) for host, port in location.nodes or [(location.host, location.port)])
+    return f"{scheme}://{user}{hosts}/{location.db}"
 
 
 def netloc(host: str, port: int) -> str:
@@ -80,7 +84,8 @@ def parse_redis_url(url: str) -> RedisLocation:
     """Return the location that *url* names.
 
     Understands ``redis``, ``rediss``, ``valkey``, ``valkeys``, ``unix``, and Celery's ``redis+socket``, ``socket`` and
-    ``sentinel`` (several, joined by ``;``). What the URL does not say takes the default.
+    ``sentinel`` (several, joined by ``;``). Several hosts, as in ``redis://a:1,b:2``, are nodes of a cluster. What the
+    URL does not say takes the default.
 
     Raises:
         ConfigurationError: The URL is not understood; the message shows nothing of it.
@@ -120,6 +125,7 @@ class UrlParts:
     tls: Mapping[str, str | bool] = field(default_factory=dict)
     sentinels: tuple[tuple[str, int], ...] = ()
     master: str | None = None
+    nodes: tuple[tuple[str, int], ...] = ()  # where there are several hosts: all of them
 
 
 def split_redis_url(url: str) -> UrlParts:
@@ -131,6 +137,7 @@ def split_redis_url(url: str) -> UrlParts:
         raise BadUrlError(f"must begin with one of {', '.join(f'{known}://' for known in sorted(SCHEMES))}")
     if scheme == "sentinel":
         return _parse_sentinel_url(url)
+    url, others = _split_hosts(url) if scheme in _TCP_SCHEMES else (url, [])
     parts = _split_url(url)
     options = _url_options(parts)
     if "master_name" in options:
@@ -146,7 +153,19 @@ def split_redis_url(url: str) -> UrlParts:
         raise BadUrlError("may have ssl_ options only after rediss:// or valkeys://")
     db = _url_db(parts.path, options)
     host = _decoded(parts.hostname) or "localhost"
-    return replace(said, host=host, port=parts.port, db=db, is_tls=is_tls, tls=tls)
+    nodes = tuple((node.hostname or "", node.port or REDIS_PORT) for node in [parts, *map(_split_url, others)])
+    if others and not all(host for host, _ in nodes):
+        raise BadUrlError("needs a host before and after each comma")
+    return replace(said, host=host, port=parts.port, db=db, is_tls=is_tls, tls=tls, nodes=nodes if others else ())
+
+
+def _split_hosts(url: str) -> tuple[str, list[str]]:
+    """Return *url* with the first of its hosts alone, and a URL for each of the others."""
+    scheme, _, rest = url.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, hosts = authority.rpartition("@")
+    first, *others = hosts.split(",")
+    return f"{scheme}://{user}{at}{first}{rest[len(authority) :]}", [f"{scheme}://{host}" for host in others]
 
 
 def _parse_sentinel_url(url: str) -> UrlParts:
@@ -239,9 +258,13 @@ def locate(url: UrlParts, pick: Callable[[str, Any, Any], Any]) -> RedisLocation
         # A certificate that is not asked for cannot be compared with a host name: ssl refuses the pair.
         options["check_hostname"] = options["check_hostname"] and options["cert_reqs"] != "none"
         tls = TlsOptions(**options)
+    is_elsewhere = url.sentinels or url.socket_path
+    nodes: tuple[tuple[str, int], ...] = ()
+    if not is_elsewhere and pick("redis_cluster", bool(url.nodes) or None, False):
+        nodes = url.nodes or ((url.host, url.port or REDIS_PORT),)
     return RedisLocation(
-        host="" if url.sentinels or url.socket_path else url.host,
-        port=0 if url.sentinels or url.socket_path else url.port or REDIS_PORT,
+        host="" if is_elsewhere or nodes else url.host,
+        port=0 if is_elsewhere or nodes else url.port or REDIS_PORT,
         db=pick("redis_db", url.db, 0),
         username=pick("redis_username", url.username, None),
         password=pick("redis_password", url.password, None),
@@ -251,4 +274,5 @@ def locate(url: UrlParts, pick: Callable[[str, Any, Any], Any]) -> RedisLocation
         sentinel_master=pick("redis_sentinel_master", url.master, None) if url.sentinels else None,
         sentinel_username=pick("redis_sentinel_username", None, None) if url.sentinels else None,
         sentinel_password=pick("redis_sentinel_password", None, None) if url.sentinels else None,
+        nodes=nodes,
     )

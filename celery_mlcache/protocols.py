@@ -236,3 +236,30 @@ class RemoteCounts(Protocol):
 
     l2_errors: int
     l2_rejected: int
+
+
+class Connector(Protocol):
+    """Makes connections to the one server that holds the namespace, wherever that is by now; thread-safe.
+
+    Connections are redis-py's; this floor does not know them.
+    """
+
+    def __call__(self) -> Any:
+        """Return an unconnected connection; may have to ask where to."""
+        ...
+
+    def is_current(self, connection: Any) -> bool:
+        """Does *connection* lead to where the server was said to be last."""
+        ...
+
+    def verify(self, connection: Any) -> None:
+        """Raise the driver's ConnectionError where the server is not at the end of *connection* any more."""
+        ...
+
+    def is_moved(self, refusal: Exception) -> bool:
+        """Does *refusal* say that another server holds the namespace; the next connection then leads there."""
+        ...
+
+    def detour(self, refusal: Exception) -> Any | None:
+        """Return a connection for one command where *refusal* says that its keys, but not the slot, have moved."""
+        ...

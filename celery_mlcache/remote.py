@@ -36,6 +36,7 @@ from redis.exceptions import (
     ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
@@ -43,13 +44,16 @@ from redis.exceptions import (
 
 from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.protocols import Fence, Filled, Guard, RemoteCounts, Snapshot
+from celery_mlcache.protocols import Connector, Fence, Filled, Guard, RemoteCounts, Snapshot
 from celery_mlcache.wire import KIND_TOMBSTONE, MAX_STAMP, split_value
 
 REMOTE_ERRORS: Final = (RedisError, OSError)
 # What redis-py and hiredis raise over bytes that are no RESP. Not Exception: a soft time limit must get through.
 NONSENSE: Final = (ValueError, TypeError, LookupError, ArithmeticError, SystemError)
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
+ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"  # before each command to a server that does not have the slot yet
+MOST_BURIED: Final = 16  # keys that are invalidated one by one; more are not worth the round trips
+INVALIDATES_NOTHING: Final = frozenset({"read", "seed", "add", "fill", "increment", "sweep"})  # by op
 
 
 class Script:
@@ -72,7 +76,7 @@ class RedisRemote:
     """See :class:`celery_mlcache.protocols.RemoteStore`. Thread-safe; greenlet-safe.
 
     Args:
-        connect: Makes an unconnected redis-py connection with explicit timeouts, no retry, RESP2, raw bytes.
+        connect: Makes unconnected redis-py connections with explicit timeouts, no retry, RESP2, raw bytes.
         names: Every Redis name of the namespace.
         guard: The circuit breaker.
         counts: Where errors are counted.
@@ -83,7 +87,7 @@ class RedisRemote:
 
     def __init__(
         self,
-        connect: Callable[[], AbstractConnection],
+        connect: Connector,
         names: RedisNames,
         *,
         guard: Guard,
@@ -105,15 +109,15 @@ class RedisRemote:
         self._control = (names.counter, names.floor)
         self._seed, self._write, self._replace = Script("seed"), Script("write"), Script("replace")
         self._delete, self._fill, self._increment = Script("delete"), Script("fill"), Script("increment")
-        self._touch, self._clear = Script("touch"), Script("clear")
+        self._touch, self._clear, self._burial = Script("touch"), Script("clear"), Script("bury")
 
     # ---- reads ----------------------------------------------------------------------------------------------
 
     def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
         """Return a snapshot for each key; see the protocol."""
         names = [self._names.value(key) for key in keys]
-        packed = _pack(("TIME",)) + _pack(("MGET", *self._control, *names))
-        server_clock, stored = self._exchange("read", packed, replies=2)
+        packed = _pack(("TIME",)), _pack(("MGET", *self._control, *names))
+        server_clock, stored = self._exchange("read", *packed)
         try:
             counter_text, floor_text, *values = stored
             counter, floor = int(counter_text or 0), int(floor_text or 0)
@@ -138,7 +142,7 @@ class RedisRemote:
     def ping(self) -> float:
         """Return the round-trip time in seconds."""
         sent_at = self._clock()
-        self._exchange("ping", _pack(("PING",)), replies=1)
+        self._exchange("ping", _pack(("PING",)))
         return self._clock() - sent_at
 
     # ---- writes ---------------------------------------------------------------------------------------------
@@ -253,15 +257,44 @@ class RedisRemote:
         names = [*self._control, *[self._names.value(key) for key in keys]]
         rest = (len(names), *names, self._names.channel, seen, self._tombstone, *arguments)
         try:
+            return self._evaluate(op, script, rest, is_repeatable=is_repeatable)
+        except RemoteStoreError as exc:
+            if op not in INVALIDATES_NOTHING and _is_apart(exc.__cause__):
+                with contextlib.suppress(RemoteStoreError):
+                    self._bury(op, keys, seen)
+            raise
+
+    def _evaluate(self, op: str, script: Script, rest: Sequence[Any], *, is_repeatable: bool = True) -> Any:
+        try:
             packed = _pack(("EVALSHA", script.sha, *rest))
-            return self._exchange(op, packed, replies=1, is_repeatable=is_repeatable)[0]
+            return self._exchange(op, packed, is_repeatable=is_repeatable)[0]
         except RemoteStoreError as exc:
             if not isinstance(exc.__cause__, NoScriptError):
                 raise
         packed = _pack(("EVAL", script.source, *rest))
-        return self._exchange(op, packed, replies=1, is_repeatable=is_repeatable)[0]
+        return self._exchange(op, packed, is_repeatable=is_repeatable)[0]
 
-    def _exchange(self, op: str, packed: bytes, replies: int, *, is_repeatable: bool = True) -> list[Any]:
+    def _bury(self, op: str, keys: Sequence[str], seen: int) -> None:
+        """Invalidate what a write could not replace, while the keys of a cluster's slot are on two servers.
+
+        What touches one key can always be done: it is here, or has gone ahead. So each key takes a stamp of its own
+        and leaves a tombstone; that this is no longer one step can only look like a lost message, which voids L1.
+        Without keys, or with many, everything dies: by a new floor, or where even that is apart, by none.
+        """
+        names = self._names
+        if 0 < len(keys) <= MOST_BURIED:
+            for key in keys:
+                (stamp,) = self._exchange(op, _pack(("INCR", names.counter)), is_repeatable=False)
+                rest = (1, names.value(key), names.channel, seen, self._tombstone, key, stamp)
+                self._evaluate(op, self._burial, rest)
+            return
+        if op != "clear":
+            with contextlib.suppress(RemoteStoreError):
+                self.clear(seen=seen)
+            return  # and if it could not, it has done what follows
+        self._exchange(op, _pack(("DEL", names.floor)))
+
+    def _exchange(self, op: str, *commands: bytes, is_repeatable: bool = True) -> list[Any]:
         """Send and read: the one place where breaker, error wrapping and counting stand."""
         if os.getpid() != self._pid:
             # A call that was under way when this process was forked comes out of its loader in the child.
@@ -270,7 +303,7 @@ class RedisRemote:
             self._counts.l2_rejected += 1
             raise RemoteStoreError(op, "the circuit is open")
         try:
-            answers = self._exchange_once(packed, replies, is_repeatable=is_repeatable)
+            answers = self._exchange_once(commands, is_repeatable=is_repeatable)
         except ResponseError as exc:
             # The server lives and refuses (NOSCRIPT, OOM, NOPERM, READONLY, ...): no reason to stop asking it.
             self._guard.success()
@@ -280,13 +313,34 @@ class RedisRemote:
                 self._counts.l2_errors += 1
             raise RemoteStoreError(op, str(exc)) from exc
         except (*REMOTE_ERRORS, *NONSENSE) as exc:
+            self.close()  # idle ones lead to the same server
             self._guard.failure()
             self._counts.l2_errors += 1
             raise RemoteStoreError(op, f"{type(exc).__name__}: {exc}", outcome_unknown=True) from exc
         self._guard.success()
         return answers
 
-    def _exchange_once(self, packed: bytes, replies: int, *, is_repeatable: bool) -> list[Any]:
+    def _exchange_once(self, commands: Sequence[bytes], *, is_repeatable: bool) -> list[Any]:
+        try:
+            return self._attempt(b"".join(commands), len(commands), is_repeatable=is_repeatable)
+        except ResponseError as exc:
+            # Redirected, so not executed: it may be sent once more, whatever it is.
+            detour = self._connect.detour(exc)
+            if detour is None and not self._connect.is_moved(exc):
+                raise
+        if detour is None:
+            self.close()
+            return self._attempt(b"".join(commands), len(commands), is_repeatable=False)
+        self._open.add(detour)
+        try:
+            detour.connect()
+        except BaseException:
+            self._drop(detour, is_clean=True)
+            raise
+        asking = b"".join([part for command in commands for part in (ASKING, command)])
+        return self._round_trip(detour, asking, 2 * len(commands))[1::2]
+
+    def _attempt(self, packed: bytes, replies: int, *, is_repeatable: bool) -> list[Any]:
         connection, is_reused = self._checkout(must_live=not is_repeatable)
         try:
             return self._round_trip(connection, packed, replies)
@@ -327,7 +381,7 @@ class RedisRemote:
                 connection = self._idle.pop()
             except IndexError:
                 break
-            if not must_live or _is_quiet(connection):
+            if self._connect.is_current(connection) and (not must_live or _is_quiet(connection)):
                 return connection, True
             self._drop(connection, is_clean=True)
         connection = self._connect()
@@ -407,6 +461,12 @@ def _pack(command: tuple[Any, ...]) -> bytes:
 
 def _joined(keys: Sequence[str]) -> str:
     return "\n".join(keys)
+
+
+def _is_apart(error: BaseException | None) -> bool:
+    """Does a cluster say that it is just moving the slot, and that not all of the keys are on one server."""
+    text = str(error)
+    return isinstance(error, TryAgainError) or text.startswith("TRYAGAIN") or "non local key" in text
 
 
 def _is_quiet(connection: AbstractConnection) -> bool:

@@ -17,6 +17,7 @@ from celery_mlcache.errors import NotAnIntegerError
 from celery_mlcache.keys import RedisNames
 from celery_mlcache.protocols import Fence
 from celery_mlcache.remote import RedisRemote
+from celery_mlcache.route import Fixed
 from celery_mlcache.stats import Stats
 from celery_mlcache.wire import HEAD_SIZE, parse_message, split_value
 from tests.support.scripted import CODEC, Clock, ScriptedRemote, Server
@@ -124,6 +125,7 @@ def pair(shared_redis, namespace, client):
     """Return the real store and the scripted one, both seeded."""
     names = RedisNames(namespace)
 
+    @Fixed
     def connect():
         retry = Retry(NoBackoff(), 0)
         return Connection(port=shared_redis.port, socket_timeout=5, socket_connect_timeout=5, retry=retry, protocol=2)
