@@ -275,6 +275,16 @@ class TestProblems:
                 {"redis_url": "redis://a", "redis_sentinels": "b", "redis_sentinel_master": "m"},
                 "redis_url=**: only one of redis_url and redis_sentinels may say where Redis is",
             ),
+            ({"redis_cluster": True, "redis_db": 2}, "redis_db=2: a cluster has database 0 only, not 2"),
+            ({"redis_url": "redis://a,b/3"}, "redis_url=**: a cluster has database 0 only, not 3"),
+            (
+                {"redis_cluster": True, "redis_socket_path": "/s"},
+                "redis_cluster=True: a cluster is not reached through",
+            ),
+            (
+                {"redis_cluster": True, "redis_sentinels": "a", "redis_sentinel_master": "m"},
+                "redis_cluster=True: a cluster fails over by itself",
+            ),
             (
                 {"redis_url": "redis://a", "redis_socket_path": "/s"},
                 "redis_url=**: only one of redis_url and redis_soc",
@@ -429,6 +439,7 @@ WRONG_LEAKS = [
     {"redis_url": f"rediss://h/0?ssl_cert_reqs={SECRET}"},
     {"redis_url": f"redis://h/0?db={SECRET}"},
     {"redis_url": f"sentinel://h;{SECRET}"},
+    {"redis_url": f"redis://h,i:{SECRET}"},
     {"redis_url": f"unix://{SECRET}/x"},
     {"redis_url": [SECRET]},
     {"redis_host": f"redis://:{SECRET}@h"},
@@ -642,6 +653,20 @@ class TestLocation:
         assert config.redis_location().sentinels == (("a", 1), ("b", 26379))
         assert (config.redis_location().sentinel_master, config.redis_location().db) == ("m", 3)
 
+    def test_a_cluster(self):
+        """One host with the setting, or several in the URL, are nodes of a cluster; the rest is as for any Redis."""
+        config = load(LIB_REDIS_HOST="h", LIB_REDIS_CLUSTER="true", LIB_REDIS_PASSWORD="p")
+        assert RedisLocation("", 0, password="p", nodes=(("h", 6379),)) == config.redis_location()
+        config = load(LIB_REDIS_URL="rediss://u:p@h:1", LIB_REDIS_CLUSTER="1")
+        expected = RedisLocation("", 0, username="u", password="p", tls=TLS, nodes=(("h", 1),))
+        assert expected == config.redis_location()
+        assert load(LIB_REDIS_URL="redis://h:1,i", LIB_REDIS_CLUSTER="0").redis_location().nodes == (
+            ("h", 1),
+            ("i", 6379),
+        )
+        with pytest.raises(ConfigurationError, match="several hosts are a cluster's"):
+            load({"redis_cluster": False}, LIB_REDIS_URL="redis://h:1,i")
+
 
 TLS = TlsOptions()
 SOCKET = {"host": "", "port": 0, "socket_path": "/run/r.sock"}
@@ -656,6 +681,16 @@ URLS = [
     ("redis://u:p@s@h", RedisLocation("h", username="u", password="p@s"), "redis://u:**@h:6379/0"),
     ("redis://u@h", RedisLocation("h", username="u"), "redis://**@h:6379/0"),
     ("redis://[::1]:7/1", RedisLocation("::1", 7, 1), "redis://[::1]:7/1"),
+    (
+        "redis://u:p%2C,q@a:1,[::1]:7,b/0",
+        RedisLocation("", 0, username="u", password="p,,q", nodes=(("a", 1), ("::1", 7), ("b", 6379))),
+        "redis://u:**@a:1,[::1]:7,b:6379/0",
+    ),
+    (
+        "valkeys://a,b:2?ssl_cert_reqs=none",
+        RedisLocation("", 0, tls=TlsOptions(cert_reqs="none", check_hostname=False), nodes=(("a", 6379), ("b", 2))),
+        "rediss://a:6379,b:2/0",
+    ),
     ("valkey://h", RedisLocation("h"), "redis://h:6379/0"),
     ("valkeys://h", RedisLocation("h", tls=TLS), "rediss://h:6379/0"),
     ("rediss://h", RedisLocation("h", tls=TLS), "rediss://h:6379/0"),
@@ -715,6 +750,8 @@ class TestUrls:
             ("redis+socket://", "three slashes"),
             ("sentinel://a;redis://b", "sentinel:// again"),
             ("sentinel://", "must have a host"),
+            ("redis://a,,b", "a host before and after each comma"),
+            ("redis://a,b:x", "needs a port between 1 and 65535"),
             ("redis://h\n", "must not hold spaces"),
         ],
     )
