@@ -206,7 +206,7 @@ class TestMigration:
         to = cluster.other_than(cluster.owner(slot_of(namespace)))
         moved = [
             key
-            for key, where in zip((names.counter, names.floor, names.value("k")), place, strict=True)
+            for key, where in zip((names.counter, names.floors, names.value("k")), place, strict=True)
             if where == "t"
         ]
         with cluster.migration(slot_of(namespace), to) as migration:
@@ -232,7 +232,7 @@ class TestMigration:
         writer.set("k", "old")
         wait_until(lambda: reader.get("k") == "old" and hits_l1(reader, "k"))
         to = cluster.other_than(cluster.owner(slot_of(namespace)))
-        keys = zip((names.counter, names.floor, names.value("k")), place, strict=True)
+        keys = zip((names.counter, names.floors, names.value("k")), place, strict=True)
         with cluster.migration(slot_of(namespace), to) as migration:
             if moved := [key for key, where in keys if where == "t"]:
                 migration.move(moved)
