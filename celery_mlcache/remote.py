@@ -222,7 +222,7 @@ class RedisRemote:
             raise
         with self._understanding("increment"):
             stamp, number, life, tags = reply
-            return _stamp(stamp), int(number), int(life) / 1000, tuple([str(tag, "utf-8") for tag in tags])
+            return _stamp(stamp), int(number), int(life) / 1000, tuple([bytes.decode(tag) for tag in tags])
 
     def touch(self, key: str, ttl: float, *, seen: int) -> int | None:
         """Give a live value a new life."""
@@ -248,7 +248,7 @@ class RedisRemote:
         reply = self._run("prefix", self._prefix, (), (prefix, MAX_PREFIXES), seen=seen)
         with self._understanding("prefix"):
             stamp, *unswept = reply
-            return _stamp(stamp), [str(name, "utf-8") for name in unswept]
+            return _stamp(stamp), [bytes.decode(name) for name in unswept]
 
     def sweep(self, prefix: str, stamp: int, *, seen: int) -> int:
         """Scan in bounded batches, and free what is dead; see the protocol."""
