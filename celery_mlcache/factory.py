@@ -198,7 +198,7 @@ def connectors(config: CacheConfig) -> Callable[[int], Connector]:
     if not location.sentinels and not location.nodes:
         return lambda protocol: Fixed(partial(dial, protocol, (location.host, location.port)))
     route = _sentinel_route(config, location) if location.sentinels else _cluster_route(config, location, dial)
-    return lambda protocol: Guided(partial(dial, protocol), route)
+    return lambda protocol: Guided(partial(dial, protocol), route, may_part=bool(location.nodes))
 
 
 def _sentinel_route(config: CacheConfig, location: RedisLocation) -> Route:

@@ -283,7 +283,12 @@ class Connector(Protocol):
     """Makes connections to the one server that holds the namespace, wherever that is by now; thread-safe.
 
     Connections are redis-py's; this floor does not know them.
+
+    Attributes:
+        may_part: Whether the namespace's keys may be on two servers at a time.
     """
+
+    may_part: bool
 
     def __call__(self) -> Any:
         """Return an unconnected connection; may have to ask where to."""

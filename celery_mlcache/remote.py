@@ -251,7 +251,12 @@ class RedisRemote:
             return _stamp(stamp), [bytes.decode(name) for name in unswept]
 
     def sweep(self, prefix: str, stamp: int, *, seen: int) -> int:
-        """Scan in bounded batches, and free what is dead; see the protocol."""
+        """Scan in bounded batches, and free what is dead; see the protocol.
+
+        All has been looked at only if it was one server from the first batch to the last (after a restart or a failover
+        a cursor means nothing), and one that had all of it: not in a cluster, where keys move one by one.
+        """
+        server = self._server_id()
         pattern = _GLOB.sub(r"\\\g<0>", self._names.value(prefix)) + "*"
         cursor, freed = b"0", 0
         while True:
@@ -263,12 +268,23 @@ class RedisRemote:
                     raise ValueError(cursor)
             is_last = cursor == b"0"
             if found or is_last:
-                arguments = (prefix, stamp if is_last else "")
+                is_swept = is_last and server is not None and server == self._server_id()
+                arguments = (prefix, stamp if is_swept else "")
                 reply = self._call("sweep", self._sweep, found, arguments, seen=seen)[0]
                 with self._understanding("sweep"):
                     freed += int(reply)
             if is_last:
                 return freed
+
+    def _server_id(self) -> bytes | None:
+        """Return what a server has for its life, or None where it does not have all keys, or does not tell."""
+        if self._connect.may_part:
+            return None
+        with contextlib.suppress(RemoteStoreError):
+            (info,) = self._exchange("sweep", _pack(("INFO", "server")))
+            found = re.search(rb"run_id:(\w+)", info) if isinstance(info, bytes) else None
+            return found[1] if found else None
+        return None
 
     # ---- connections ----------------------------------------------------------------------------------------
 

@@ -184,9 +184,11 @@ class Guided:
     Args:
         dial: Makes an unconnected connection of the protocol that is wanted.
         route: Shared by all that must speak to one server.
+        may_part: Whether keys move one by one, as in a cluster.
     """
 
-    def __init__(self, dial: Callable[[Address], AbstractConnection], route: Route) -> None:
+    def __init__(self, dial: Callable[[Address], AbstractConnection], route: Route, *, may_part: bool = False) -> None:
+        self.may_part = may_part
         self._dial = dial
         self._route = route
 
@@ -225,6 +227,8 @@ class Guided:
 
 class Fixed:
     """Connections to an address that never changes; see :class:`celery_mlcache.protocols.Connector`. Thread-safe."""
+
+    may_part = False
 
     def __init__(self, dial: Callable[[], AbstractConnection]) -> None:
         self._dial = dial

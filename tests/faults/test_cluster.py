@@ -105,6 +105,12 @@ class TestContract:
             assert cache.refresh("k", lambda: "fresh") == "fresh"
             assert cache.delete("m3")
             assert cache.delete_many(["m4", "m5", "absent"]) == 2
+            assert cache.set_many({"t1": 1, "t2": 2}, tags=["red", "round"])
+            assert cache.set("t3", 3, tags=["round"])
+            assert cache.invalidate_tags("red")
+            assert cache.get_many(["t1", "t2", "t3"]) == {"t3": 3}
+            assert cache.invalidate_prefix("t")
+            assert cache.get("t3", MISS) is MISS
             assert cache.get_or_set_many(["m3", "m6"], lambda keys: dict.fromkeys(keys, 0)) == {"m3": 0, "m6": 6}
             assert cache.clear()
             assert cache.get("m6", MISS) is MISS
@@ -253,6 +259,43 @@ class TestMigration:
             assert not cache.set_many(dict.fromkeys(many, "new"))
         assert cache.get_many([*many, "bystander"]) == {}
         recovered(cache)
+
+    @pytest.mark.parametrize("place", list(itertools.product("st", "st", "st", "st")), ids="".join)
+    def test_a_tag_amid_it(self, cluster, make, namespace, place):
+        """Wherever counter, floors, the tag's record and the key are just then, what carries the tag is dead."""
+        writer, reader = make(), make()
+        names = RedisNames(namespace)
+        writer.set("k", "old", tags=["t"])
+        wait_until(lambda: reader.get("k") == "old" and hits_l1(reader, "k"))
+        to = cluster.other_than(cluster.owner(slot_of(namespace)))
+        keys = zip((names.counter, names.floors, names.tag("t"), names.value("k")), place, strict=True)
+        with cluster.migration(slot_of(namespace), to) as migration:
+            if moved := [key for key, where in keys if where == "t"]:
+                migration.move(moved)
+            assert writer.invalidate_tags("t") is (len(set(place[:3])) == 1)
+            wait_until(lambda: reader.get("k", MISS) is MISS, BOUND)
+            writer.set("other", "new", tags=["t", "u"])
+        for cache in (writer, reader, make(wait=False, l1_enabled=False)):
+            assert cache.get("k", MISS) is MISS
+        assert writer.set("k", "new", tags=["t"])
+        wait_until(lambda: reader.get("k") == "new", BOUND)
+        assert writer.invalidate_tags("t")
+        wait_until(lambda: reader.get("k", MISS) is MISS, BOUND)
+
+    def test_a_prefix_amid_it(self, cluster, make, namespace):
+        """A prefix's values that the sweep could not meet, for they had gone ahead, do not come to life later."""
+        brief = {"staleness_bound": 0.05, "tombstone_ttl": 0.5}
+        cache, other = make(**brief), make(**brief)
+        names = RedisNames(namespace)
+        cache.set_many({"p:1": "old", "p:2": "old", "q:1": "kept"})
+        to = cluster.other_than(cluster.owner(slot_of(namespace)))
+        with cluster.migration(slot_of(namespace), to) as migration:
+            migration.move([names.value("p:1")])
+            assert cache.invalidate_prefix("p:")
+        done_at = time.monotonic()
+        wait_until(lambda: time.monotonic() > done_at + 1)
+        for each in (cache, other):
+            assert each.get_many(["p:1", "p:2", "q:1"]) == {"q:1": "kept"}
 
     def test_an_absent_key_amid_it(self, cluster, make, namespace):
         """What is nowhere yet cannot be read or stored while the slot moves: loaders run, and nothing waits."""
