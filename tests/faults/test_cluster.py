@@ -201,8 +201,11 @@ class TestMigration:
         assert cache.stats()["l2_errors"] == without_l1.stats()["l2_errors"] == 0
         assert cache.stats()["gaps"] == {"subscription": 2}
 
-    @pytest.mark.parametrize("place", list(itertools.product("st", "st", "st")), ids="".join)
-    @pytest.mark.parametrize("op", ["set", "delete"])
+    @pytest.mark.parametrize(
+        ("op", "place"),
+        [("delete", "".join(place)) for place in itertools.product("st", "st", "st")]
+        + [("set", "sss"), ("set", "sst"), ("set", "tts"), ("set", "ttt")],
+    )
     def test_an_invalidation_amid_it(self, cluster, make, namespace, op, place):
         """Wherever counter, floor and key are just then, an old value is dead, in L1 at once and in L2 for good."""
         writer, reader = make(), make()
@@ -230,7 +233,7 @@ class TestMigration:
         assert reader.get_or_set("k", lambda: "loaded") in {"new", "loaded"}
         recovered(writer, reader)
 
-    @pytest.mark.parametrize("place", list(itertools.product("st", "st", "st")), ids="".join)
+    @pytest.mark.parametrize("place", ["sst", "tss", "sts", "tts"])
     def test_a_clear_amid_it(self, cluster, make, namespace, place):
         """Wherever counter, floor and key are just then, a clear leaves nothing behind."""
         writer, reader = make(), make()
@@ -260,7 +263,7 @@ class TestMigration:
         assert cache.get_many([*many, "bystander"]) == {}
         recovered(cache)
 
-    @pytest.mark.parametrize("place", list(itertools.product("st", "st", "st", "st")), ids="".join)
+    @pytest.mark.parametrize("place", ["ssss", "tsss", "stss", "ssts", "ssst", "tttt"])
     def test_a_tag_amid_it(self, cluster, make, namespace, place):
         """Wherever counter, floors, the tag's record and the key are just then, what carries the tag is dead."""
         writer, reader = make(), make()
@@ -337,15 +340,14 @@ def cluster_keys(cluster: Cluster, namespace: str) -> list[str]:
 
 
 class TestNodes:
-    @pytest.mark.parametrize("verb", ["restart", "restart_empty"])
-    def test_a_restart(self, cluster, make, namespace, verb):
+    def test_a_restart(self, cluster, make, namespace):
         """A node is killed and comes back: its namespace is out for so long, no other is, and nothing old remains."""
         names = cluster.names_on_each_node(namespace)
         node = cluster.nodes[1]
         mine, other = make(cache_namespace=names[1]), make(cache_namespace=names[2])
         for cache in (mine, other):
             cache.set("k", "old")
-        getattr(node, verb)()
+        node.restart()
         wait_until(lambda: mine.get("k", MISS) in {MISS, "old"} and mine.set("k", "new"), 15)
         assert mine.get("k") == "new"
         cluster.wait_until_ok()

@@ -112,7 +112,7 @@ def _hits_l1(actor: Actor, key: str) -> bool:
     return actor.call("stats")["l1_hits"] > before
 
 
-@pytest.mark.parametrize("how", ["ordered", "frozen"])
+@pytest.mark.parametrize(("binary", "how"), [("redis", "ordered"), ("valkey", "frozen")], indirect=["binary"])
 def test_a_deposed_master_that_goes_on(binary, make, how):
     """A master that was replaced, but answers on as a master for seconds, is left by all within the bound.
 
