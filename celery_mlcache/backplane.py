@@ -11,6 +11,13 @@ The socket is read directly with hiredis (five times less CPU than redis-py's ``
 second). redis-py makes the connection (authentication, TLS, Sentinel) and must not read from it: its PubSub would
 subscribe anew behind our back, and hide that messages were lost.
 
+In a cluster the connection leads to the master of the namespace's slot. PUBLISH reaches all nodes, in no order with
+anything, so while the slot moves messages may come late, or never. No wrong lease comes of it. Only a server that has
+both keys and takes itself for the owner answers at all; others refuse (MOVED, ASK, TRYAGAIN, CLUSTERDOWN), and that
+ends the connection. A key is on one server at a time, so the answer S was the counter then: what is stamped above S
+was written after the question, and unless all up to S was applied here one by one, the proof itself voids L1. Order on
+the connection makes proofs succeed, not true. (A master that is cut off refuses after cluster-node-timeout.)
+
 The thread holds only a weak reference to its listener: an abandoned manager is collected, and the thread ends. It is
 a daemon, it is never joined for longer than asked, and nothing depends on its being stopped.
 """

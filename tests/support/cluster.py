@@ -110,6 +110,15 @@ class Cluster:
         with self.migration(slot, to):
             pass
 
+    @property
+    def can_migrate_at_once(self) -> bool:
+        """Whether the server can move a slot with all its keys in one step."""
+        return any(line.startswith("MIGRATESLOTS") for line in self._do(self.nodes[0], "HELP"))
+
+    def migrate_at_once(self, slot: int, to: RedisServer) -> None:
+        """Begin to move *slot*: copied in the background, then handed over as a whole."""
+        self._do(self.owner(slot), "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self._do(to, "MYID"))
+
     def assign(self, slot: int, to: RedisServer) -> None:
         """Tell every node that *slot* is *to*'s, the new owner first."""
         new = self._do(to, "MYID")
