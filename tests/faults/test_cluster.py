@@ -176,8 +176,9 @@ class TestMigration:
             for node in (*cluster.nodes, cluster.nodes[0]):
                 if cluster.owner(slot_of(namespace)) is not node:
                     with cluster.migration(slot_of(namespace), node) as migration:
-                        for key in migration.left():
-                            migration.move([key])
+                        keys = migration.left()
+                        for start in range(0, len(keys), 4):
+                            migration.move(keys[start : start + 4])
                             watch.write_for(writer.set, 0.005)
                 watch.write_for(writer.set, 0.2)
             stop.set()
