@@ -227,7 +227,7 @@ class TestMigration:
     @pytest.mark.parametrize(
         ("op", "place"),
         [("delete", "".join(place)) for place in itertools.product("st", "st", "st")]
-        + [("set", "sss"), ("set", "sst"), ("set", "tts"), ("set", "ttt")],
+        + [("expire", "sts"), ("expire", "sst"), ("set", "sss"), ("set", "sst"), ("set", "tts"), ("set", "ttt")],
     )
     def test_an_invalidation_amid_it(self, cluster, make, namespace, op, place):
         """Wherever counter, floor and key are just then, an old value is dead, in L1 at once and in L2 for good."""
@@ -245,7 +245,7 @@ class TestMigration:
             if moved:
                 migration.move(moved)
             is_whole = len(set(place)) == 1
-            done = writer.set("k", "new") if op == "set" else writer.delete("k")
+            done = writer.set("k", "new") if op == "set" else getattr(writer, op)("k")
             assert bool(done) is is_whole
             allowed = {"new", MISS} if op == "set" and is_whole else {MISS}
             assert writer.get("k", MISS) in allowed
