@@ -103,7 +103,7 @@ class Cluster:
         self._do(source, "SETSLOT", slot, "MIGRATING", self._do(to, "MYID"))
         yield migration
         migration.move_all()
-        self.assign(slot, to)
+        self._assign(slot, to)
 
     def migrate_slot(self, slot: int, to: RedisServer) -> None:
         """Move *slot* with all its keys."""
@@ -119,7 +119,17 @@ class Cluster:
         """Begin to move *slot*: copied in the background, then handed over as a whole."""
         self._do(self.owner(slot), "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self._do(to, "MYID"))
 
-    def assign(self, slot: int, to: RedisServer) -> None:
+    def lose_slot(self, slot: int, to: RedisServer) -> None:
+        """Give *slot* to *to* by force, without its keys."""
+        source = self._clients[self.owner(slot)]
+        with source.pipeline(transaction=True) as pipe:  # or somebody stores a key in between
+            for key in source.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 10_000):
+                pipe.delete(key)
+            pipe.execute_command("CLUSTER", "SETSLOT", slot, "NODE", self._do(to, "MYID"))
+            pipe.execute()
+        self._assign(slot, to)
+
+    def _assign(self, slot: int, to: RedisServer) -> None:
         """Tell every node that *slot* is *to*'s, the new owner first."""
         new = self._do(to, "MYID")
         for node in sorted(self.nodes, key=lambda node: node is not to):
