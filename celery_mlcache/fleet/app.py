@@ -172,7 +172,7 @@ def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *
         if getattr(app, "configured", False):
             fleet.hide_passwords()
         lifecycle.connect(find_fleet, all_fleets)
-        causal.connect(all_fleets)
+        causal.connect()
         causal.carry_results(app)
     elif (config is not None or overrides) and (config, dict(overrides)) != (fleet.given, fleet.overrides):
         if fleet.cache.is_running:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,7 +43,7 @@ UNLOCK: Final = "celery.chord_unlock"
 _CARRIER: Final = "_mlcache_carrier"
 
 log = logging.getLogger("celery_mlcache")
-_everyone: Callable[[], list[Fleet]] = list
+_bearers: tuple[weakref.ref[Bearer], ...] = ()  # of every app; a WeakSet takes 3 us to look through
 _warned: set[str] = set()
 
 
@@ -53,8 +54,10 @@ class Bearer:
     """
 
     def __init__(self, fleet: Fleet) -> None:
+        global _bearers  # noqa: PLW0603 - as the signals, one for the process
         self._fleet = fleet
         self._heard = 0  # the newest stamp heard before the cache was used
+        _bearers = (*(each for each in _bearers if each() is not None), weakref.ref(self))
 
     @property
     def is_on(self) -> bool:
@@ -90,10 +93,8 @@ class Bearer:
         return True
 
 
-def connect(everyone: Callable[[], list[Fleet]]) -> None:
+def connect() -> None:
     """Connect the handlers; calling it again changes nothing."""
-    global _everyone  # noqa: PLW0603 - as the signals, one for the process
-    _everyone = everyone
     signals.before_task_publish.connect(on_publish, weak=False, dispatch_uid="mlcache.on_publish")
     signals.task_prerun.connect(on_prerun, weak=False, dispatch_uid="mlcache.on_prerun")
 
@@ -126,9 +127,10 @@ def on_prerun(task: Any = None, **_: Any) -> None:
 def tell(*, is_latest: bool = False) -> str:
     """Return the tokens of this process, or ""; never raises an error of the cache's."""
     tokens = []
-    for fleet in _everyone():
+    for each in _bearers:
         try:
-            token = fleet.bearer.token(is_latest=is_latest)
+            bearer = each()
+            token = "" if bearer is None else bearer.token(is_latest=is_latest)
         except (MLCacheError, ValueError) as exc:  # closed meanwhile; ``strict`` and no answer
             _warn("no token to send", exc)
         else:
@@ -141,9 +143,10 @@ def hear(text: object) -> None:
     """Raise the barriers that *text* asks for; what is malformed or of other namespaces is ignored. Never raises."""
     stamps = _parse(text)
     is_ours = False
-    for fleet in _everyone():
+    for each in _bearers:
         try:
-            is_ours = fleet.bearer.hear(stamps) or is_ours
+            bearer = each()
+            is_ours = (bearer is not None and bearer.hear(stamps)) or is_ours
         except (MLCacheError, ValueError) as exc:
             _warn("a token was not heard", exc)
     if not stamps:

@@ -40,6 +40,9 @@ class FakeCache:
         if self.fails:
             raise self.fails
 
+    def release(self, timeout):
+        self.is_running = False
+
     def _token(self, stamp):
         assert self.is_running, "asking a cache that was not used would start it"
         if self.fails:
@@ -49,11 +52,9 @@ class FakeCache:
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
-    """No other test's apps, and no warning given before."""
+    """No other test's apps, nor ours in theirs, and no warning given before."""
     monkeypatch.setattr(causal, "_warned", set())
-    fleets = []
-    monkeypatch.setattr(causal, "_everyone", lambda: fleets)
-    _alone.fleets = fleets
+    monkeypatch.setattr(causal, "_bearers", ())
 
 
 def noop():
@@ -64,12 +65,8 @@ def make(namespace="shop", stamp=0, *, is_running=True, **conf):
     """Return an app whose cache is a fake one."""
     app = Celery(namespace, broker="memory://", backend="cache+memory://", set_as_current=False)
     app.conf.update(conf)
-    everyone = causal._everyone
     setup_cache(app, l2_enabled=False)
-    causal.connect(everyone)
-    fleet = find_fleet(app)
-    fleet.cache = FakeCache(namespace, stamp, is_running=is_running)
-    _alone.fleets.append(fleet)
+    find_fleet(app).cache = FakeCache(namespace, stamp, is_running=is_running)
     app.task(noop, name="noop", shared=False)
     return app
 
