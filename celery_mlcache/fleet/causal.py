@@ -119,7 +119,7 @@ def on_prerun(task: Any = None, **_: Any) -> None:
         return
     token = getattr(request, HEADER, None)
     if token is None and isinstance(request.headers, dict):
-        token = request.headers.get(HEADER)  # protocol 1
+        token = request.headers.get(HEADER)  # where a release does not make it an attribute
     if token is not None:
         hear(token)
 

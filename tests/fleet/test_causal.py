@@ -45,11 +45,11 @@ class Pair(Fleet):
         self.link = Proxy(self.l2.port)
         self.link.delay(DELAY, "reply")
 
-    def boot_as(self, queue: str, pool: str = "solo", *, is_slow: bool = False) -> None:
-        """Start a worker for a queue."""
+    def boot_as(self, queue: str, pool: str = "solo", *, link: Proxy | None = None) -> None:
+        """Start a worker for a queue, with a link of its own to L2."""
         settings = {**self.settings, "is_worker": True}
-        if is_slow:
-            settings["mlcache_redis_url"] = self.link.url
+        if link is not None:
+            settings["mlcache_redis_url"] = link.url
         self.boot(pool, 1, env={"FLEET_SETTINGS": json.dumps(settings)}, args=["-Q", queue])
 
     def of(self, queue: str, act: str, *args: Any, module: ModuleType | None = None) -> Any:
@@ -101,7 +101,7 @@ class Pair(Fleet):
 def pair() -> Iterator[Pair]:
     """One reader and one writer over Redis."""
     with running_fleet(kind=Pair) as pair:
-        pair.boot_as("readers", "prefork", is_slow=True)
+        pair.boot_as("readers", "prefork", link=pair.link)
         pair.boot_as("writers")
         yield pair
 
@@ -164,14 +164,18 @@ class TestCanvas:
         assert pair.stale(20, hand_off) == 0
 
     def test_a_link_that_only_passes_by(self, pair):
-        """What a process has heard is handed on by it: the middle of a chain need not touch the cache."""
+        """What a process has heard is handed on by it: the middle of a chain need not touch the cache, nor be told."""
+        pair.boot_as("distant", link=(distant := Proxy(pair.l2.port)))
+        distant.delay(0.15, "reply")
 
         def hand_off(key: str, number: int) -> Any:
             pair.cache.set(key, number)
-            flow = chain(pair.of("writers", "threads"), pair.of("readers", "get", key))
+            flow = chain(pair.of("distant", "threads"), pair.of("readers", "get", key))
             return flow.apply_async().get(timeout=TIMEOUT)["answer"]
 
-        assert pair.stale(20, hand_off) == 0
+        with distant:
+            assert pair.stale(20, hand_off) == 0
+            pair.stop(pair.workers.pop())
 
     def test_group(self, pair):
         """Every member of a group."""
@@ -246,9 +250,10 @@ class TestEveryWayToSend:
     def test_protocol_1(self, pair):
         """Message protocol 1 brings headers in another place."""
         with pair.caller(task_protocol=1) as caller:
+            assert caller.app.conf.task_protocol == 1
 
             def hand_off(key: str, number: int) -> Any:
-                caller.cache.set(key, number)
+                pair.cache.set(key, number)  # over a fast link: the race is to be won by the reader
                 return pair.ask("get", key, module=caller)["answer"]
 
             assert pair.stale(10, hand_off) == 0
@@ -380,7 +385,7 @@ class TestPools:
         if pool in {"gevent", "eventlet"} and importlib.util.find_spec(pool) is None:
             pytest.skip(f"{pool} is not installed")
         with running_fleet(kind=Pair) as pair:
-            pair.boot_as("readers", pool, is_slow=True)
+            pair.boot_as("readers", pool, link=pair.link)
             assert pair.stale(10, pair.set_and_ask) == 0
             assert pair.stale(10, lambda *args: pair.set_and_ask(*args, headers=WITHOUT)) > 0
 
@@ -390,7 +395,7 @@ def test_rabbitmq_and_rpc(module_amqp_url):
     """Both ways over RabbitMQ, with results as messages."""
     with running_fleet(kind=Pair, amqp_url=module_amqp_url, result_backend="rpc://") as pair:
         queue = pair.settings["task_default_queue"]
-        pair.boot_as(queue, "prefork", is_slow=True)
+        pair.boot_as(queue, "prefork", link=pair.link)
         pair.of = lambda _queue, act, *args, module=None: (module or pair.module).probe.si(act, *args)
         assert pair.stale(10, pair.set_and_ask) == 0
         assert pair.stale(5, lambda *args: pair.set_and_ask(*args, headers=WITHOUT)) > 0
@@ -406,6 +411,6 @@ def test_rabbitmq_and_rpc(module_amqp_url):
 def test_an_app_without_tokens():
     """With the setting off nothing is sent and nothing heard: the race is back."""
     with running_fleet(kind=Pair, mlcache_causal_tokens=False) as pair:
-        pair.boot_as("readers", "prefork", is_slow=True)
+        pair.boot_as("readers", "prefork", link=pair.link)
         assert pair.namespace not in pair.ask("headers")["answer"].get(HEADER, "")
         assert pair.stale(10, pair.set_and_ask) > 0
