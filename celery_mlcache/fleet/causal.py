@@ -23,8 +23,9 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
+from bisect import insort
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
@@ -56,7 +57,7 @@ class Bearer:
     def __init__(self, fleet: Fleet) -> None:
         global _bearers  # noqa: PLW0603 - as the signals, one for the process
         self._fleet = fleet
-        self._heard = 0  # the newest stamp heard before the cache was used
+        self._heard: list[int] = []  # stamps heard before the cache was used; in order, and most often one
         _bearers = (*(each for each in _bearers if each() is not None), weakref.ref(self))
 
     @property
@@ -72,10 +73,11 @@ class Bearer:
         if not (cache.is_running or heard) or not self.is_on:
             return ""
         if not cache.is_running:
-            return format_token(self._fleet.config.cache_namespace, heard)
-        if heard:
-            self._heard = 0
-            cache.barrier(format_token(self._fleet.config.cache_namespace, heard))
+            return format_token(self._fleet.config.cache_namespace, max(heard, default=0))
+        for stamp in tuple(heard):
+            cache.barrier(format_token(self._fleet.config.cache_namespace, stamp))
+            with suppress(ValueError):  # another thread was faster
+                heard.remove(stamp)
         return cache.latest_token() if is_latest else cache.token()
 
     def hear(self, stamps: dict[str, int]) -> bool:
@@ -89,7 +91,8 @@ class Bearer:
         if self._fleet.cache.is_running:
             self._fleet.cache.barrier(format_token(namespace, stamp))
         else:
-            self._heard = max(self._heard, stamp)
+            insort(self._heard, stamp)  # no lock, for a fork might find it held: each of the two is one step
+            del self._heard[:-1]
         return True
 
 

@@ -378,16 +378,28 @@ def settle(cache: Any, key: str, value: Any) -> None:
     wait_until(answers, 10, f"{key} = {value} in L1")
 
 
+def last_meta(pair: Pair) -> str:
+    """Return what is stored of the last result."""
+    sent = pair.of("readers", "set", "written", 1).apply_async()
+    sent.get(timeout=TIMEOUT)
+    return str(pair.counts.get(pair.app.backend.get_key_for_task(sent.id)))
+
+
 class TestPools:
-    @pytest.mark.parametrize("pool", ["solo", "threads", "gevent", "eventlet"])
+    @pytest.mark.parametrize("pool", ["solo", "threads", "gevent", "eventlet", "spawn"])
     def test_every_pool(self, pool):
-        """The process that runs a task raises the barrier, whatever its pool; prefork is in every other test."""
+        """The process that runs a task raises the barrier and sends its token back, whatever its pool.
+
+        Prefork that forks is in every other test; this one spawns.
+        """
         if pool in {"gevent", "eventlet"} and importlib.util.find_spec(pool) is None:
             pytest.skip(f"{pool} is not installed")
-        with running_fleet(kind=Pair) as pair:
-            pair.boot_as("readers", pool, link=pair.link)
+        conf = {"worker_pool_start_method": "spawn"} if pool == "spawn" else {}
+        with running_fleet(kind=Pair, **conf) as pair:
+            pair.boot_as("readers", "prefork" if pool == "spawn" else pool, link=pair.link)
             assert pair.stale(10, pair.set_and_ask) == 0
             assert pair.stale(10, lambda *args: pair.set_and_ask(*args, headers=WITHOUT)) > 0
+            assert HEADER in last_meta(pair)
 
 
 @pytest.mark.rabbitmq
