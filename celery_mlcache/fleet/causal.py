@@ -14,7 +14,8 @@ what it was told itself, and an L1 that is yet to be built needs no barrier.
 
 Limits. Celery has no public place for the way back, so the app's ``_get_backend`` is wrapped, and three methods of each
 backend that it makes. A backend made before ``setup_cache`` in another thread, one that a task names for itself, and
-one that travelled inside a pickled AsyncResult are not ours. What only a private name can give is given up in silence
+one that travelled inside a pickled AsyncResult are not ours. Handlers of ``task_prerun`` that were connected before
+``setup_cache`` run before the barrier is raised. What only a private name can give is given up in silence
 where the name is gone; the tests tell.
 """
 
