@@ -62,6 +62,11 @@ class Fleet:
         return self._settled
 
     @property
+    def settled(self) -> CacheConfig | None:
+        """Return the settings if they have been read."""
+        return self._settled
+
+    @property
     def is_confined(self) -> bool:
         """Return whether this process is a prefork MainProcess."""
         return lifecycle.is_confined()

@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any, Final
 from celery import _state, signals
 from celery.backends.base import BaseKeyValueStoreBackend
 
-from celery_mlcache.errors import MLCacheError
+from celery_mlcache.config import ConfigurationWarning
+from celery_mlcache.errors import ConfigurationError, MLCacheError
 from celery_mlcache.keys import format_token, parse_token
 
 if TYPE_CHECKING:
@@ -58,34 +59,29 @@ class Bearer:
     def __init__(self, fleet: Fleet) -> None:
         global _bearers  # noqa: PLW0603 - as the signals, one for the process
         self._fleet = fleet
+        self._tried: object = None  # the settings that were read last
         self._heard: list[int] = []  # stamps heard before the cache was used; in order, and most often one
         _bearers = (*(each for each in _bearers if each() is not None), weakref.ref(self))
-
-    @property
-    def is_on(self) -> bool:
-        """Return whether this app's settings want tokens."""
-        config = self._fleet.config
-        # Whoever does without invalidations has chosen stale reads, and would lose all of L1 to every barrier.
-        return config.cache_enabled and config.causal_tokens and config.cache_sync_enabled
 
     def token(self, *, is_latest: bool = False) -> str:
         """Return the token to send, or "" where there is nothing to tell; *is_latest* costs a round trip to L2."""
         cache, heard = self._fleet.cache, self._heard
-        if not (cache.is_running or heard) or not self.is_on:
+        if not (cache.is_running or heard):
+            return ""
+        namespace = self._namespace()
+        if not namespace:
             return ""
         if not cache.is_running:
-            return format_token(self._fleet.config.cache_namespace, max(heard, default=0))
+            return format_token(namespace, max(heard, default=0))
         for stamp in tuple(heard):
-            cache.barrier(format_token(self._fleet.config.cache_namespace, stamp))
+            cache.barrier(format_token(namespace, stamp))
             with suppress(ValueError):  # another thread was faster
                 heard.remove(stamp)
         return cache.latest_token() if is_latest else cache.token()
 
     def hear(self, stamps: dict[str, int]) -> bool:
         """Raise a barrier to the stamp of this fleet's namespace; return whether there was one."""
-        if not self.is_on:
-            return True
-        namespace = self._fleet.config.cache_namespace
+        namespace = self._namespace()
         stamp = stamps.get(namespace)
         if stamp is None:
             return False
@@ -95,6 +91,23 @@ class Bearer:
             insort(self._heard, stamp)  # no lock, for a fork might find it held: each of the two is one step
             del self._heard[:-1]
         return True
+
+    def _namespace(self) -> str:
+        """Return the namespace, or "" where this app's settings want no tokens, or are wrong."""
+        fleet = self._fleet
+        config = fleet.settled
+        if config is None:
+            if self._tried is fleet.overrides:
+                return ""
+            self._tried = fleet.overrides  # once, for reading wrong settings again with every message would be dear
+            try:
+                config = fleet.config
+            except (ConfigurationError, ConfigurationWarning) as exc:  # a warning may be an error here
+                _warn("no tokens", exc)
+                return ""
+        # Whoever does without invalidations has chosen stale reads, and would lose all of L1 to every barrier.
+        is_on = config.cache_enabled and config.causal_tokens and config.cache_sync_enabled
+        return config.cache_namespace if is_on else ""
 
 
 def connect() -> None:

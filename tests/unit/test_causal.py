@@ -256,6 +256,24 @@ class TestHearing:
             arrive(app, {HEADER: "shop@9"})
         assert len(caplog.records) == 1
 
+    @pytest.mark.parametrize("conf", [{"mlcache_l1_ttl": -1}, {"mlcache_redis_ssl_cert_reqs": "none"}])
+    def test_settings_that_cannot_be_read(self, caplog, monkeypatch, conf):
+        """Wrong settings of an app whose cache was not used stop no task and no result, and are read once.
+
+        The same goes for settings with a warning, where warnings are errors, as they are in these tests.
+        """
+        app = make(is_running=False, **conf)
+        fleet, reads = find_fleet(app), []
+        load = fleet._load
+        monkeypatch.setattr(fleet, "_load", lambda: reads.append(1) or load())
+        with caplog.at_level(logging.WARNING, "celery_mlcache"):
+            for _ in range(3):
+                causal.hear("shop@9")
+        assert len(reads) == len(caplog.records) == 1
+        setup_cache(app, l1_ttl=5, redis_ssl=True)  # mended, before it was used
+        causal.hear("shop@9")
+        assert sent(app)[HEADER] == "shop@9"
+
     def test_what_was_heard_before_the_first_use_is_told(self):
         """A process that has not used its cache hands on what it heard, without starting it, and tells it later."""
         app = make(is_running=False)
