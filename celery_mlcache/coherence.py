@@ -296,8 +296,9 @@ class Coherence:
         if stamp <= self.applied:
             return Act()
         if not self._synced:
-            # Nobody will tell when it has been applied: start again with an empty L1.
+            # Nobody will tell when it has been applied: start again with an empty L1. The token hands it on.
             self.void()
+            self.seen = max(self.seen, stamp)
             return Act(void="barrier")
         # The time of the last one, even if it asks for less: lifting a bogus one must not lift it too.
         self.required, self._barrier_at = max(stamp, self.required), now

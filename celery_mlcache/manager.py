@@ -1024,6 +1024,19 @@ class CacheManager:
         parts = self._parts or self._start()
         return format_token(parts.policy.namespace, parts.tier.coherence.token())
 
+    def latest_token(self) -> str:
+        """Return the causal token of all that any process has written so far, for one round trip to L2.
+
+        For where no token arrives: ``barrier(latest_token())``. Without an answer it is :meth:`token`.
+
+        Raises:
+            RemoteStoreError: Only with ``strict``.
+        """
+        parts = self._parts or self._start()
+        snapshot = self._peek_remote(parts, "")  # nobody's key: only the counter is wanted
+        newest = 0 if snapshot is None else snapshot.token
+        return format_token(parts.policy.namespace, max(newest, parts.tier.coherence.token()))
+
     def barrier(self, token: str) -> None:
         """See to it that no later read here is older than what the sender of *token* had seen; never waits.
 

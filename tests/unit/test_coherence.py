@@ -574,6 +574,7 @@ def test_an_unsynced_barrier_starts_again():
     ticket = coherence.open("k")
     assert coherence.barrier(5, 0.0) == Act(void="barrier")
     assert not coherence.admits(ticket, 5)
+    assert coherence.token() == 5  # handed on, as by a synced process
     assert coherence.lease_until == inf
 
 
