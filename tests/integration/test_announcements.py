@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import pytest
 
-from celery_mlcache import CacheManager, create_cache_manager
+from celery_mlcache import MISS, CacheManager, create_cache_manager
+from celery_mlcache.keys import RedisNames
+from tests.support.processes import ROOT
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.redis
@@ -116,3 +118,28 @@ class TestNoMessage:
         with create_cache_manager(redis_url=redis_server.url) as other:
             assert other.get("absent") == 2
         assert published() == before
+
+
+class TestByHand:
+    def test_anything_on_the_channel_empties_every_l1(self, redis_server):
+        """After ``redis-cli DEL`` every process serves its copy; one word of anything on the channel ends that."""
+        settings = {"staleness_bound": 30, "heartbeat_interval": 10, "tombstone_ttl": 300}
+        with (
+            redis_server.client() as client,
+            create_cache_manager(redis_url=redis_server.url, **settings) as one,
+            create_cache_manager(redis_url=redis_server.url, **settings) as other,
+        ):
+            for cache in (one, other):
+                cache.warm()
+                wait_until(lambda cache=cache: cache.stats()["lease"] == "held", what="a lease")
+            one.set("k", 1)
+            wait_until(lambda: other.get("k") == 1 and other.stats()["l1_hits"])
+            names = RedisNames("default")
+            assert client.delete(names.value("k")) == 1
+            assert (one.get("k"), other.get("k")) == (1, 1)
+            assert client.publish(names.channel, "anything") == 2
+            wait_until(lambda: (one.get("k", MISS), other.get("k", MISS)) == (MISS, MISS), 2)
+
+    def test_the_readme_names_the_channel(self):
+        """What people are told to type is the name that is listened to."""
+        assert f"PUBLISH '{RedisNames('NAMESPACE').channel}' " in (ROOT / "README.md").read_text("utf-8")
