@@ -195,9 +195,6 @@ def messages() -> None:
         }
         print(f"\n{'PUBLISH by':<40}count")
         for title, act in operations.items():
-            if title.startswith("invalidate_tags") and not hasattr(cache, "invalidate_tags"):
-                print(f"{title:<40}(this release has no tags)")
-                continue
             before = published(server)
             act()
             print(f"{title:<40}{published(server) - before}")
