@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -89,6 +91,8 @@ class Crew:
 
 
 def _obey(pipe: Connection, build: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # with the parent, even if stopped
     target: Any = None
     while True:
         try:
