@@ -1,7 +1,8 @@
 """``make bench``: the ratios the README quotes, each pair interleaved in one run on a private Redis.
 
 Absolute times belong to this machine and minute; the ratios are what to compare. Prints the load before and after.
-``make bench ARGS=staleness`` (or ``fanout``, ``tracking``) runs another bench, and ``ARGS="staleness idle"`` a part.
+``make bench ARGS=staleness`` (or ``experiments``, ``fanout``, ``tracking``) runs another bench, ``ARGS="staleness
+idle"`` a part of it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from celery_mlcache import CacheManager, create_cache_manager
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
-OTHERS = ("staleness", "fanout", "tracking")
+OTHERS = ("experiments", "staleness", "fanout", "tracking")
 ROUNDS = 15
 KEYS = 10_000
 
@@ -131,7 +132,7 @@ def remote_calls(cache: CacheManager, server: RedisServer) -> None:
 def main() -> int:
     """Run the bench that is named, or the ratios; exit 0, or what that bench says."""
     if sys.argv[1:] and sys.argv[1] in OTHERS:
-        return int(import_module(f"tests.benchmarks.{sys.argv[1]}").main(*sys.argv[2:3]))
+        return int(import_module(f"tests.benchmarks.{sys.argv.pop(1)}").main())
     if not sys.argv[1:]:
         print(f"Python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
     print(f"{'median of ' + str(ROUNDS) + ' rounds, us a call':<52}{'ours':>10}{'theirs':>10}{'faster':>9}")

@@ -201,8 +201,9 @@ def messages() -> None:
             print(f"{title:<40}{published(server) - before}")
 
 
-def main(only: str = "") -> int:
+def main() -> int:
     """Print both tables; exit 0."""
+    only = "".join(sys.argv[1:2])
     print(f"Python {platform.python_version()}, {load()}; listeners in up to {PROCESSES} processes")
     if only != "messages":
         costs()
@@ -212,4 +213,4 @@ def main(only: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main())

@@ -381,8 +381,9 @@ def what_it_costs() -> None:
         print(f"{size:<12}{row}{'':>6}{fleets}", flush=True)
 
 
-def main(only: str = "") -> int:
+def main() -> int:
     """Print the tables; exit 0."""
+    only = "".join(sys.argv[1:2])
     print(f"Python {platform.python_version()}, {load()}")
     for name, part in {"told": what_is_told, "l1": what_l1_does, "costs": what_it_costs}.items():
         if only in ("", name):
@@ -392,4 +393,4 @@ def main(only: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main())
