@@ -192,6 +192,7 @@ def messages() -> None:
             "delete_many(100)": lambda: cache.delete_many(hundred),
             "incr": lambda: cache.incr("n"),
             "invalidate_tags, 1000 entries": lambda: cache.invalidate_tags("tag"),
+            "invalidate_prefix, 1000 entries": lambda: cache.invalidate_prefix("t"),
             "clear": cache.clear,
         }
         print(f"\n{'PUBLISH by':<40}count")

@@ -48,6 +48,9 @@ class TestOneMessage:
         "incr": lambda cache: cache.incr("k1"),
         "touch": lambda cache: cache.touch("k1", 60),
         "refresh": lambda cache: cache.refresh("k1", lambda: 2),
+        "expire": lambda cache: cache.expire("k1"),
+        "expire_tags": lambda cache: cache.expire_tags("all"),
+        "invalidate_prefix": lambda cache: cache.invalidate_prefix("k"),
         "clear": lambda cache: cache.clear(),
     }
 

@@ -169,7 +169,11 @@ class Server:
         found = self._present(key)
         if found is None or found.stamp < floor:
             return None, 0
-        last = 0 if found.tail == GRAVE else self._invalidated(key, tags_of(found.tail), is_lenient=is_lenient and found.stale_ms > 0)
+        last = (
+            0
+            if found.tail == GRAVE
+            else self._invalidated(key, tags_of(found.tail), is_lenient=is_lenient and found.stale_ms > 0)
+        )
         if last > found.stamp:
             return None, last
         return (None if self._is_dead(found, is_lenient=is_lenient) else found), found.stamp
