@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -80,21 +81,6 @@ class Parts:
     backplane: Backplane | None = None
     breaker: CircuitBreaker | None = None
     abandon: Callable[[], None] | None = None  # in a forked child: let go of inherited sockets
-
-
-class _Lead:
-    """A flight's departure, and when it was."""
-
-    __slots__ = ("began", "clock", "departure", "tier")
-
-    def __init__(self, tier: Tier, departure: Departure, clock: Callable[[], float]) -> None:
-        self.tier = tier
-        self.departure = departure
-        self.clock = clock
-        self.began = clock()
-
-    def is_current(self) -> bool:
-        return self.tier.is_current(self.departure, self.clock() - self.began)
 
 
 @dataclass(slots=True)
@@ -393,7 +379,7 @@ class CacheManager:
             return flight.result.read()
         with flight, parts.tier.tickets((key,)) as (ticket,):
             departure = parts.tier.depart(ticket, options[1])
-            flight.ticket = _Lead(parts.tier, departure, self._clock)
+            flight.ticket = partial(parts.tier.is_current, departure)
             return self._lead(parts, flight, departure, loader, options)
 
     def _lead(
@@ -1230,8 +1216,7 @@ def _distinct(keys: Iterable[str]) -> dict[str, None]:
 
 
 def _is_current(flight: Flight) -> bool:
-    lead = flight.ticket
-    return lead.is_current() if isinstance(lead, _Lead) else True  # without one it has not read anything yet
+    return flight.ticket() if callable(flight.ticket) else True  # without one it has not read anything yet
 
 
 def _shelved(entry: Entry) -> Shelved:
