@@ -1,6 +1,8 @@
 """``make bench``: the ratios the README quotes, each pair interleaved in one run on a private Redis.
 
 Absolute times belong to this machine and minute; the ratios are what to compare. Prints the load before and after.
+``make bench ARGS=staleness`` (or ``experiments``, ``fanout``, ``tracking``) runs another bench, ``ARGS="staleness
+idle"`` a part of it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 
 import redis
 from moka_py import Moka
@@ -20,6 +23,7 @@ from celery_mlcache import CacheManager, create_cache_manager
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
+OTHERS = ("experiments", "staleness", "fanout", "tracking")
 ROUNDS = 15
 KEYS = 10_000
 
@@ -126,7 +130,9 @@ def remote_calls(cache: CacheManager, server: RedisServer) -> None:
 
 
 def main() -> int:
-    """Run everything; exit 0."""
+    """Run the bench that is named, or the ratios; exit 0, or what that bench says."""
+    if sys.argv[1:] and sys.argv[1] in OTHERS:
+        return int(import_module(f"tests.benchmarks.{sys.argv.pop(1)}").main())
     if not sys.argv[1:]:
         print(f"Python {platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}")
     print(f"{'median of ' + str(ROUNDS) + ' rounds, us a call':<52}{'ours':>10}{'theirs':>10}{'faster':>9}")
@@ -138,7 +144,7 @@ def main() -> int:
         wait_until(lambda: cache.stats()["lease"] == "held", timeout=5, what="the lease")
         local_hits(cache)
         remote_calls(cache, server)
-    print(f"load after: {os.getloadavg()[0]:.2f}")
+    print(f"load after: {os.getloadavg()[0]:.2f}; more: make bench ARGS={'|'.join(OTHERS)}")
     return 0
 
 
