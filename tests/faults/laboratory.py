@@ -405,23 +405,24 @@ _FILLS = Habits(
     handoff=0.0,
 )
 _WRITERS = Habits({"GET": 50, "SET": 20, "SET_MANY": 5}, pause=0.003, ttls=(None,), handoff=0.0)
-_READERS = Habits({"GET": 60, "GET_MANY": 10, "SET": 6}, pause=0.004, ttls=(None,), handoff=0.0)
+_READERS = Habits({"GET": 70, "GET_MANY": 10, "SET": 1}, pause=0.004, ttls=(None,), handoff=0.0)
 _LATE = Mood(0.15, (1, 0, 0), ("jitter", "delay_reply"))
-_DEAF = Mood(0.3, (1, 0, 0), ("deaf", "drop_pushes"))
-_HOLES = Mood(0.15, (1, 0, 0), ("drop_push", "drop_pushes"))
+_DEAF = Mood(0.3, (1, 0, 0), ("deaf", "drop_pushes"), (1.0, 2.0))
+_HOLES = Mood(0.15, (1, 0, 0), ("drop_push", "drop_pushes"), (1.0, 2.0))
 _SMALL = Plan(processes=3, seconds=5.0, keys=("a0", "a1"))
+_WIDE = Plan(processes=3, seconds=5.0)  # few own writes to each key, which would heal it
 
 MUTANT_PLANS: dict[str, Plan] = {
     "ticket": replace(_SMALL, habits=_WRITERS, mood=_LATE),
     "stamps": replace(_SMALL, habits=_WRITERS, mood=_LATE),
-    "sequence": replace(_SMALL, habits=_READERS, mood=_HOLES),
-    "epoch": replace(_SMALL, habits=_READERS, mood=_HOLES),
-    "lease": replace(_SMALL, habits=_READERS, mood=_DEAF),
+    "sequence": replace(_WIDE, habits=_READERS, mood=_HOLES),
+    "epoch": replace(_WIDE, habits=_READERS, mood=_HOLES),
+    "lease": replace(_WIDE, habits=_READERS, mood=_DEAF),
     "tombstone": replace(_SMALL, habits=_FILLS, mood=_HOLES),
     "own_write": replace(_SMALL, habits=_WRITERS, mood=_LATE),
     "fence": replace(_SMALL, habits=_FILLS, mood=Mood(0)),
-    "barrier": replace(_SMALL, habits=replace(_READERS, handoff=1.0), mood=_LATE),
-    "expiry": replace(_SMALL, habits=replace(_READERS, ttls=(0.15, 0.3)), mood=Mood(0)),
+    "barrier": replace(_SMALL, habits=replace(_READERS, weights={"GET": 60, "SET": 6}, handoff=1.0), mood=_LATE),
+    "expiry": replace(_SMALL, habits=replace(_READERS, weights={"GET": 60, "SET": 6}, ttls=(0.15, 0.3)), mood=Mood(0)),
     "tag_floor": replace(
         _SMALL,
         keys=("a0", "a2", "b1"),

@@ -75,11 +75,13 @@ class Mood:
         gap: Mean seconds between two faults; 0: none at all.
         kinds: Relative frequency of "proxy", "server" and "process" faults.
         verbs: Only these, where given.
+        lasts: Seconds that a fault lasts at most, drawn from these.
     """
 
     gap: float = 0.5
     kinds: tuple[float, float, float] = (6, 2, 2)
     verbs: tuple[str, ...] = ()
+    lasts: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 def schedule(seed: int, seconds: float, slots: int, mood: Mood) -> list[Fault]:
@@ -88,25 +90,30 @@ def schedule(seed: int, seconds: float, slots: int, mood: Mood) -> list[Fault]:
         return []
     rng = random.Random(f"nemesis {seed}")
     faults: list[Fault] = []
-    stopped: dict[tuple[str, int], float] = {}
+    busy_until: dict[tuple[str, int], float] = {}  # a proxy, a process or the server
     at = rng.uniform(0.1, 0.5)
     while at < seconds - 0.5:
-        verbs, targets = _draw(rng, mood, slots)
-        verb = verbs
-        target = targets
-        lasts = rng.choice([0.05, 0.2, 0.5, 1.0, 2.0]) * rng.uniform(0.5, 1.0)
-        if verb in END_OF and stopped.get((verb, target), 0.0) > at:
-            at += 0.05
+        verb, target = _draw(rng, mood, slots)
+        lasts = rng.choice(mood.lasts) * rng.uniform(0.5, 1.0)
+        amount = _amount(rng, verb)
+        at += rng.expovariate(1 / mood.gap)
+        parties = _parties(verb, target, slots)
+        # A mending ends all that is wrong with a proxy: what is under way there is not cut short by another fault.
+        if at >= seconds - 0.5 or any(busy_until.get(party, 0.0) >= at for party in parties):
             continue
-        faults.append(Fault(round(at, 3), verb, target, _amount(rng, verb)))
+        faults.append(Fault(round(at, 3), verb, target, amount))
         if verb in MENDED_LATER:
             end = round(min(at + lasts, seconds - 0.2), 3)
-            stopped[verb, target] = end
-            faults.append(Fault(end, END_OF.get(verb, "mend"), target))
-            if verb == "freeze":
-                at = end  # nothing else happens to a frozen server
-        at += rng.expovariate(1 / mood.gap)
+            faults.append(Fault(end, END_OF.get(verb, "mend"), target, float(verb == "deaf_drop")))
+            busy_until.update(dict.fromkeys(parties, end))
     return sorted(faults)
+
+
+def _parties(verb: str, target: int, slots: int) -> list[tuple[str, int]]:
+    if verb in SERVER_VERBS:
+        return [("server", ALL)]
+    kind = "proxy" if verb in PROXY_VERBS else "process"
+    return [(kind, slot) for slot in range(slots) if target in {ALL, slot}]
 
 
 def _draw(rng: random.Random, mood: Mood, slots: int) -> tuple[str, int]:

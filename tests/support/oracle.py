@@ -115,7 +115,7 @@ class Oracle:
         self._live: dict[str, Span] = {}
         self._announced: list[tuple[int, Event]] = []  # of this life of the server, by stamp
         self._by_stamp: dict[int, list[Event]] = defaultdict(list)
-        self._said: tuple[Event, tuple[str, ...]] | None = None  # the script that is under way
+        self._said: tuple[Event, set[str]] | None = None  # the script that is under way
         self._pos = 0
 
     # ---- building -------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ class Oracle:
         kind = {b"W": "write", b"D": "delete"}.get(data.split(b"\n")[1], "flush")
         kind = "tag" if tags else "prefix" if prefixes else kind
         event = Event(self._pos, low, high, kind, message.stamp, " ".join((*message.keys, *tags, *prefixes)))
-        self._said = event, message.keys
+        self._said = event, set(message.keys)
         self._announced.append((message.stamp, event))
         self._by_stamp[message.stamp].append(event)
         hit = set(message.keys)
@@ -180,9 +180,10 @@ class Oracle:
                 raise Blind(f"a tombstone of {key} that was not announced")
             return
         version = version_in(args[1], key)
-        said, named = self._said or (None, ())
-        if said is not None and said.stamp == stamp and key in named:
-            event = said  # a write
+        said, named = self._said or (None, set())
+        if said is not None and said.kind == "write" and said.stamp == stamp and key in named:
+            event = said
+            named.discard(key)  # what comes later under this stamp is a fill that carries it as its fence
         else:
             event = Event(self._pos, low, high, "fill", stamp, key)
             self.fills.append((event, key, version, self.last_break(key)))
