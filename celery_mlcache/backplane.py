@@ -33,7 +33,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from celery_mlcache.keys import RedisNames
 from celery_mlcache.protocols import BackplaneListener, Pulse
-from celery_mlcache.wire import parse_message
+from celery_mlcache.wire import parse_message, parse_order
 
 THREAD_ERRORS: Final = Exception  # the thread's top: whatever goes wrong, L1 stays without a lease and we try again
 FIRST_PAUSE: Final = 0.05
@@ -216,9 +216,10 @@ class _Session:
         names, plane = self._plane.names, self._plane
         highest = listener.highest_stamp()
         if seed_above is None:
-            packed = _pack("MGET", names.counter, names.floor) + _pack("TIME")
+            packed = _pack("MGET", names.counter, names.floors) + _pack("TIME")
         else:
-            seed = ("EVAL", plane.seed, 2, names.counter, names.floor, names.channel, seed_above)
+            # None of the other arguments of a script matters for this one.
+            seed = ("EVAL", plane.seed, 2, names.counter, names.floors, names.channel, seed_above)
             packed = _pack(*seed) + _pack("TIME")
         self._question = _Question(now, highest, is_seed=seed_above is not None)
         self._answers = []
@@ -253,7 +254,7 @@ class _Session:
         plane = self._plane
         now = plane.clock()
         self._question = None
-        counter, floor = (int(number or 0) for number in order)
+        counter, floor = parse_order(*order)
         if not question.is_seed and (not counter or not floor or counter < question.highest):
             self._ask(now, seed_above=question.highest)
             return

@@ -21,10 +21,12 @@ lower counter shows that the stamp is not of this server's life, and lifts it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Final
 
+from celery_mlcache.floors import Floors
 from celery_mlcache.protocols import Pulse
 from celery_mlcache.wire import MAX_STAMP, Message
 
@@ -41,18 +43,41 @@ class Ticket:
     users: int = 0
 
 
+@dataclass(slots=True)
+class Departure:
+    """What the leader of a flight has seen so far: newcomers judge by it whether they may share its answer.
+
+    Attributes:
+        ticket: Its ticket.
+        newest: The newest invalidation of any tag or prefix when it began.
+        barrier: What was required when it began.
+        token: The counter when it read its miss; 0: not yet.
+        tags: Those of the value it brings.
+    """
+
+    ticket: Ticket
+    newest: int
+    barrier: int
+    token: int = 0
+    tags: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Act:
     """What the tier must do to L1 now.
 
     Attributes:
         keys: Copies of these keys older than ``stamp`` are dead.
+        tags: So are those that carry one of these tags.
+        prefixes: So are those whose key begins with one of these.
         void: Why the whole of L1 is void (a counter's name), or "".
         is_flush: The floor rose to ``stamp``: everything older is dead.
         ask: Ask for a heartbeat at once.
     """
 
     keys: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
     stamp: int = 0
     void: str = ""
     is_flush: bool = False
@@ -81,7 +106,7 @@ class Coherence:
         "_tickets",
         "applied",
         "epoch",
-        "floor",
+        "floors",
         "highest",
         "is_proven",
         "lease_until",
@@ -101,7 +126,7 @@ class Coherence:
         self.is_proven = False
         self.epoch = 0
         self.applied = 0
-        self.floor = 0
+        self.floors = Floors()
         self.seen = 0  # newest stamp written, applied or read: the causal token
         self.highest = 0  # newest stamp known to exist: a counter below it has lost writes
         self.lease_until = 0.0 if synced else inf
@@ -122,21 +147,22 @@ class Coherence:
         if not ticket.users and self._tickets.get(ticket.key) is ticket:
             del self._tickets[ticket.key]
 
-    def admits(self, ticket: Ticket, stamp: int) -> bool:
-        """May a copy with this stamp enter L1?
+    def admits(self, ticket: Ticket, stamp: int, tags: Sequence[str] = ()) -> bool:
+        """May a copy with this stamp and these tags enter L1?
 
         Not without a proof either: the next one voids L1 anyway.
         """
         is_fed = self.is_proven or not self._synced
-        return is_fed and ticket.epoch == self.epoch and stamp >= ticket.raised and stamp >= self.floor
+        is_untouched = ticket.epoch == self.epoch and stamp >= ticket.raised
+        return is_fed and is_untouched and stamp >= self.floors.of(ticket.key, tags)
 
-    def commit(self, ticket: Ticket, stamp: int) -> bool:
+    def commit(self, ticket: Ticket, stamp: int, tags: Sequence[str] = ()) -> bool:
         """Note that this process has read or written *stamp* of the key; return whether L1 may keep the copy.
 
         A slower operation under the same ticket may hold something older, so every commit raises it.
         """
         self._see(stamp)
-        is_admitted = self.admits(ticket, stamp)
+        is_admitted = self.admits(ticket, stamp, tags)
         self._raise(ticket, stamp)
         return is_admitted
 
@@ -162,25 +188,22 @@ class Coherence:
         """Note that *stamp* exists."""
         self.highest = max(self.highest, stamp)
 
-    def is_current(self, ticket: Ticket, token: int, barrier: int, age: float) -> bool:
-        """May a newcomer share the answer of a flight?
+    def is_current(self, flight: Departure, age: float) -> bool:
+        """May a newcomer share the answer of a flight, *age* seconds old?
 
-        Not if anything happened to the key since, nor if a barrier was raised after the flight began. Without a lease
-        nothing tells what happened, so only a flight that is younger than the bound will do.
-
-        Args:
-            ticket: The flight's.
-            token: The counter when it read its miss; 0: not yet.
-            barrier: What was required when it began.
-            age: Seconds since then.
+        Not if anything happened to the key or to one of the tags since, nor if a barrier was raised after the flight
+        began. Without a lease nothing tells what happened, so only a flight that is younger than the bound will do.
         """
+        ticket, token = flight.ticket, flight.token
         is_covered = not self._synced or self.is_proven or age <= self._delta
         is_untouched = ticket.epoch == self.epoch and ticket.raised <= token
-        return is_covered and is_untouched and barrier >= self.required
+        # Before it has read its miss it may read a value with tags that nobody knows yet.
+        is_tag_untouched = self.floors.of_tags(flight.tags) <= token if token else self.floors.newest <= flight.newest
+        return is_covered and is_untouched and is_tag_untouched and flight.barrier >= self.required
 
-    def fence(self, ticket: Ticket, token: int, taken_at: float, now: float) -> int | None:
-        """Return the stamp that a fill may be fenced with, or None where it cannot be fenced any more."""
-        if not token or ticket.raised > token:
+    def fence(self, ticket: Ticket, token: int, taken_at: float, now: float, tags: Sequence[str] = ()) -> int | None:
+        """Return the stamp that a fill with *tags* may be fenced with, or None where it cannot be fenced any more."""
+        if not token or ticket.raised > token or self.floors.of_tags(tags) > token:
             return None
         if self.is_covered(ticket, now) and self.applied >= token:
             token, taken_at = self.applied, max(self._proof_at, taken_at)
@@ -199,9 +222,15 @@ class Coherence:
         self._see(stamp)
         self._raise_floor(stamp)
 
+    def invalidated(self, tags: Sequence[str], prefixes: Sequence[str], stamp: int) -> None:
+        """This process invalidated *tags* or *prefixes* itself."""
+        self._see(stamp)
+        self._raise_wide(tags, prefixes, stamp)
+
     def void(self) -> None:
         """Start again with an empty L1; every ticket is dead."""
         self.epoch += 1
+        self.floors.forget()
 
     # ---- what the backplane tells ---------------------------------------------------------------------------
 
@@ -214,19 +243,21 @@ class Coherence:
             ticket = self._tickets.get(key)
             if ticket is not None and ticket.raised < stamp:
                 ticket.raised = stamp
+        # Unproven too: garbage may raise these, but the next proof forgets them.
+        self._raise_wide(message.tags, message.prefixes, stamp)
         if self.is_proven and stamp != self.applied + 1:
             return self._gap("reseed" if message.is_flush and stamp > self.applied else "hole")
         is_flush = False
         if self.is_proven:
             # Not before the proof, which brings the floor itself: garbage must not raise one for good.
-            is_flush = message.is_flush and stamp > self.floor
+            is_flush = message.is_flush and stamp > self.floors.everything
             if is_flush:
                 self._raise_floor(stamp)
             # Only in-order messages count as known to exist: garbage must not push the counter up.
             self.applied = stamp
             self._see(stamp)
             self._grant()
-        return Act(keys=message.keys, stamp=stamp, is_flush=is_flush)
+        return Act(keys=message.keys, tags=message.tags, prefixes=message.prefixes, stamp=stamp, is_flush=is_flush)
 
     def prove(self, pulse: Pulse) -> Act:
         """Apply a heartbeat's answer: every message up to its stamp has been observed, or was lost."""
@@ -238,9 +269,9 @@ class Coherence:
         elif pulse.stamp < self.applied:
             void = "regress"
         if void:
-            self.epoch += 1
+            self.void()
         self.applied = pulse.stamp
-        self.floor = pulse.floor if void else max(self.floor, pulse.floor)
+        self.floors.everything = pulse.floor if void else max(self.floors.everything, pulse.floor)
         self.is_proven = True
         self._see(pulse.stamp)
         self._proof_at = pulse.sent_at
@@ -263,7 +294,7 @@ class Coherence:
             return Act()
         if not self._synced:
             # Nobody will tell when it has been applied: start again with an empty L1.
-            self.epoch += 1
+            self.void()
             return Act(void="barrier")
         # The time of the last one, even if it asks for less: lifting a bogus one must not lift it too.
         self.required, self._barrier_at = max(stamp, self.required), now
@@ -286,13 +317,22 @@ class Coherence:
                 open_ticket.raised = stamp
 
     def _raise_floor(self, floor: int) -> None:
-        if floor > self.floor:
-            self.floor = floor
+        if floor > self.floors.everything:
+            self.floors.everything = floor
             for ticket in self._tickets.values():
                 ticket.raised = max(ticket.raised, floor)
 
+    def _raise_wide(self, tags: Sequence[str], prefixes: Sequence[str], stamp: int) -> None:
+        if tags:
+            self.floors.raise_tags(tags, stamp)
+        for prefix in prefixes:
+            self.floors.raise_prefix(prefix, stamp)
+            for ticket in self._tickets.values():
+                if ticket.key.startswith(prefix):
+                    ticket.raised = max(ticket.raised, stamp)
+
     def _gap(self, reason: str) -> Act:
-        self.epoch += 1
+        self.void()
         self.is_proven = False
         self._grant()
         return Act(void=reason, ask=True)

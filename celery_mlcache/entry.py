@@ -35,6 +35,7 @@ class Entry:
         deadline: Seconds on the monotonic clock; dead from there on, never later than the value's life in L2.
         epoch: The process's epoch when it was put; an entry of another epoch is void.
         thaw: Makes each reader's own copy of a mutable value; None when the value cannot be changed and is shared.
+        tags: What it can be invalidated by, beside its key.
     """
 
     value: Any
@@ -42,6 +43,7 @@ class Entry:
     deadline: float
     epoch: int
     thaw: Callable[[Any], Any] | None = None
+    tags: tuple[str, ...] = ()
 
     def read(self) -> Any:
         """Return the value as a reader may have it."""

@@ -7,7 +7,7 @@ so that ``pickle.loads(pickle.dumps(e))`` builds the same error again.
 
     MLCacheError
     ├── ConfigurationError (ValueError)     settings; all problems in one message
-    ├── CacheKeyError (ValueError)          a key that no cache will take
+    ├── CacheKeyError (ValueError)          a key, tag or prefix that no cache will take
     ├── SerializationError (TypeError)      a value that the codec will not alter silently
     ├── NotAnIntegerError (TypeError)       incr/decr on something that is not a counter
     ├── CodecError                          stored bytes that are not what they should be
@@ -40,16 +40,16 @@ class ConfigurationError(MLCacheError, ValueError):
 
 
 class CacheKeyError(MLCacheError, ValueError):
-    """A key is not a ``str`` of 1 to 1024 bytes of UTF-8 without control characters."""
+    """A key, tag or prefix is not a ``str`` of 1 to 1024 bytes of UTF-8 without control characters."""
 
-    def __init__(self, key: object, why: str) -> None:
-        super().__init__(key if isinstance(key, str) else repr(key)[:200], why)
-        self.why = why
+    def __init__(self, key: object, why: str, what: str = "cache key") -> None:
+        super().__init__(key if isinstance(key, str) else repr(key)[:200], why, what)
+        self.why, self.what = why, what
 
     def __str__(self) -> str:
         """Name the key, shortened, and the rule it breaks."""
         shown = repr(self.args[0])
-        return f"cache key {shown if len(shown) <= 80 else shown[:77] + '...'} {self.why}"  # noqa: PLR2004
+        return f"{self.what} {shown if len(shown) <= 80 else shown[:77] + '...'} {self.why}"  # noqa: PLR2004
 
 
 class SerializationError(MLCacheError, TypeError):

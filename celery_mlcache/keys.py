@@ -21,6 +21,7 @@ from celery_mlcache.errors import CacheKeyError, SerializationError
 from celery_mlcache.wire import FORMAT_VERSION, MAX_STAMP, MESSAGE_VERSION
 
 MAX_KEY_BYTES: Final = 1024
+MAX_TAGS: Final = 64  # on one entry: each costs Redis a look-up when the entry is stored
 NAMESPACE_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}"
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -32,21 +33,48 @@ def check_key(key: object) -> str:
         CacheKeyError: It is not a ``str``, is empty, is longer than 1024 bytes of UTF-8, cannot be encoded, or
             holds a control character.
     """
-    if not isinstance(key, str):
-        raise CacheKeyError(key, f"must be a str, not {type(key).__name__}")
-    if not key:
-        raise CacheKeyError(key, "must not be empty")
+    return _check_name(key, "cache key")
+
+
+def check_tags(tags: object) -> tuple[str, ...]:
+    """Return *tags*, each once, if they can be tags: a list, tuple or set of what could be keys, at most 64.
+
+    Raises:
+        TypeError: They are no list, tuple or set; a str would be taken for its letters.
+        CacheKeyError: One of them cannot be a tag, for a reason of :func:`check_key`, or there are too many.
+    """
+    if not isinstance(tags, (list, tuple, set, frozenset)):
+        msg = f"tags must be a list, tuple or set of str, not {tags!r:.80}"
+        raise TypeError(msg)
+    if not tags:
+        return ()
+    found = tuple(dict.fromkeys([_check_name(tag, "tag") for tag in tags]))
+    if len(found) > MAX_TAGS:
+        raise CacheKeyError(found[MAX_TAGS], f"is one of {len(found)} tags; at most {MAX_TAGS} are allowed", "tag")
+    return found
+
+
+def check_prefix(prefix: object) -> str:
+    """Return *prefix* if a key could begin with it; raises CacheKeyError as :func:`check_key` does."""
+    return _check_name(prefix, "prefix")
+
+
+def _check_name(name: object, what: str) -> str:
+    if not isinstance(name, str):
+        raise CacheKeyError(name, f"must be a str, not {type(name).__name__}", what)
+    if not name:
+        raise CacheKeyError(name, "must not be empty", what)
     try:
-        size = len(key) if key.isascii() else len(key.encode("utf-8"))
+        size = len(name) if name.isascii() else len(name.encode("utf-8"))
     except UnicodeEncodeError:
-        raise CacheKeyError(key.encode("utf-8", "replace").decode(), "is not valid Unicode text") from None
+        raise CacheKeyError(name.encode("utf-8", "replace").decode(), "is not valid Unicode text", what) from None
     if size > MAX_KEY_BYTES:
-        raise CacheKeyError(key, f"has {size} bytes of UTF-8; at most {MAX_KEY_BYTES} are allowed")
+        raise CacheKeyError(name, f"has {size} bytes of UTF-8; at most {MAX_KEY_BYTES} are allowed", what)
     # Printable text is the common case, and tells so five times faster than the pattern.
-    if not key.isprintable() and _CONTROL.search(key):
-        raise CacheKeyError(key, "must not hold control characters")
+    if not name.isprintable() and _CONTROL.search(name):
+        raise CacheKeyError(name, "must not hold control characters", what)
     # A subclass may hash or compare as it likes, and would run its code inside the L1 engine.
-    return key if type(key) is str else str.__str__(key)
+    return name if type(name) is str else str.__str__(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +95,9 @@ class RedisNames:
         return f"mlcache:{{{self.namespace}}}:stamp"
 
     @property
-    def floor(self) -> str:
-        """The smallest stamp that is still alive."""
-        return f"mlcache:{{{self.namespace}}}:floor"
+    def floors(self) -> str:
+        """The stamps below which values are dead (see wire.py)."""
+        return f"mlcache:{{{self.namespace}}}:floors"
 
     @property
     def channel(self) -> str:
@@ -84,6 +112,15 @@ class RedisNames:
     def value(self, key: str) -> str:
         """The Redis key of one user key."""
         return self.value_prefix + key
+
+    @property
+    def tag_prefix(self) -> str:
+        """What stands before a tag, in the name of its record."""
+        return f"mlcache:{{{self.namespace}}}:t{FORMAT_VERSION}:"
+
+    def tag(self, tag: str) -> str:
+        """The Redis key of one tag's record."""
+        return self.tag_prefix + tag
 
 
 def format_token(namespace: str, stamp: int) -> str:

@@ -10,9 +10,10 @@ emptied when it is full, and filled again by ``promote`` from the engine, which 
 front takes at most half of the room and the engine the rest, so that the sum is what was configured.
 
 The front never holds a dead entry: ``front_get`` is called without a lock and answers without a question. What
-voids L1 empties the front and moves ``epoch`` or ``floor``, in O(1) for the engine; what the engine still has from
-before is recognised by those two. That is needed beside ``clear``: moka's compares times, and could leave an entry
-that was set in the same instant.
+voids L1, or the entries of a tag or prefix, takes them out of the front and moves ``epoch`` or ``floors``, in O(1) for
+the engine; what the engine still has from before is recognised by those two. That is needed beside ``clear``: moka's
+compares times, and could leave an entry that was set in the same instant. Which keys of the front carry a tag stands
+in an index beside it, which is emptied with it.
 
 moka_py 0.5 hangs the process, with the GIL held, where Python code runs inside it while another thread writes.
 Hence: get, set, remove, clear and count only, str keys, no listener, and no value whose type has ``__del__``.
@@ -27,11 +28,13 @@ from typing import Final, Literal
 
 from celery_mlcache.entry import Entry
 from celery_mlcache.errors import ConfigurationError
+from celery_mlcache.floors import Floors
 from celery_mlcache.protocols import LocalEngine
 
 Backend = Literal["auto", "moka", "cacheout"]
 
 FRONT_SHARE: Final = 2  # the front takes one part in so many: a hit behind it costs five times one in it
+INDEX_SHARE: Final = 8  # additions of a tagged key to the front, for each place in it, before both start anew
 FRONT_MAX: Final = 16_384  # emptying it lets go of all its entries at one go: some 0.8 ms
 MIN_TTL: Final = 1e-6  # moka refuses 0 and below ...
 MAX_TTL: Final = 1e9  # ... and above some 1e19 s; 31 years will do
@@ -151,12 +154,16 @@ class Local:
         front_get: ``dict.get`` of the front, the same for the life of this object. What it returns is of the present
             epoch and not below the floor; the caller compares the deadline.
         epoch: Set by :meth:`void`; an entry of another one is void.
-        floor: The smallest stamp still alive.
+        floor: The smallest stamp alive whatever the key and its tags.
+        floors: The stamps below which entries are dead; the tier has them shared with the coherence state.
     """
 
     def __init__(self, backend: Backend, max_size: int, *, epoch: int = 0) -> None:
         self.epoch = epoch
+        self.floors = Floors()
         self.floor = 0
+        self._tagged: dict[str, set[str]] = {}  # tag to keys of the front, and perhaps some that have left it
+        self._tagged_count = 0
         self._front: dict[str, Entry] = {}
         self._front_size = min(FRONT_MAX, max_size // FRONT_SHARE)
         self._engine = make_engine(backend, max_size - self._front_size)
@@ -172,7 +179,7 @@ class Local:
 
         It is not if it is void already, or if its value's type defines ``__del__``; then the key holds nothing.
         """
-        if not self._is_alive(entry):
+        if not self._is_alive(key, entry):
             return False  # what is there now is younger than this
         if hasattr(type(entry.value), "__del__"):
             self.discard(key)
@@ -187,7 +194,7 @@ class Local:
         if found is not None:
             return found
         found = self._engine.get(key)
-        return found if found is not None and self._is_alive(found) else None
+        return found if found is not None and self._is_alive(key, found) else None
 
     def promote(self, key: str) -> Entry | None:
         """Return what :meth:`peek` returns, and hold it in the front from now on."""
@@ -212,25 +219,55 @@ class Local:
     def void(self, epoch: int) -> None:
         """Forget everything that was put before now; *epoch* is greater than any before it."""
         # The front first: who reads the new epoch without the lock meets no older entry.
-        self._front.clear()
+        self._clear_front()
         self.epoch = epoch
         self._engine.clear()
 
     def void_below(self, floor: int) -> None:
         """Let every entry with a stamp below *floor* be dead from now on, in O(1); a floor never falls."""
         if floor > self.floor:
-            self._front.clear()
+            self._clear_front()
             self.floor = floor
+
+    def void_tag(self, tag: str, stamp: int) -> None:
+        """Let every entry that carries *tag* and is older than *stamp* be dead; ``floors`` says so already."""
+        self._thin_front([key for key in self._tagged.get(tag, ()) if self._is_older(key, stamp)])
+
+    def void_prefix(self, prefix: str, stamp: int) -> None:
+        """Let every entry of a key with *prefix* and older than *stamp* be dead; ``floors`` says so already."""
+        self._thin_front([key for key in self._front if key.startswith(prefix) and self._is_older(key, stamp)])
 
     def count(self) -> int:
         """Return about how many entries are held, dead ones included."""
         return max(len(self._front), self._engine.count())
 
-    def _is_alive(self, entry: Entry) -> bool:
-        return entry.epoch == self.epoch and entry.stamp >= self.floor
+    def _is_alive(self, key: str, entry: Entry) -> bool:
+        floor = max(self.floor, self.floors.of(key, entry.tags))
+        return entry.epoch == self.epoch and entry.stamp >= floor
+
+    def _is_older(self, key: str, stamp: int) -> bool:
+        found = self._front.get(key)
+        return found is not None and found.stamp < stamp
+
+    def _thin_front(self, keys: list[str]) -> None:
+        for key in keys:
+            self._front.pop(key, None)
+
+    def _clear_front(self) -> None:
+        self._front.clear()
+        self._tagged.clear()
+        self._tagged_count = 0
 
     def _hold_in_front(self, key: str, entry: Entry) -> None:
+        if not self._front_size:
+            return
         if len(self._front) >= self._front_size and key not in self._front:
-            self._front.clear()
-        if self._front_size:
-            self._front[key] = entry
+            self._clear_front()
+        if entry.tags:
+            self._tagged_count += len(entry.tags)
+            if self._tagged_count > INDEX_SHARE * self._front_size:
+                self._clear_front()
+                self._tagged_count = len(entry.tags)
+            for tag in entry.tags:
+                self._tagged.setdefault(tag, set()).add(key)
+        self._front[key] = entry

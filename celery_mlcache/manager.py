@@ -27,7 +27,7 @@ from typing import Any, Final, Self, TypeVar
 
 from celery_mlcache.backplane import Backplane
 from celery_mlcache.breaker import CircuitBreaker
-from celery_mlcache.coherence import Coherence, Ticket
+from celery_mlcache.coherence import Coherence, Departure, Ticket
 from celery_mlcache.entry import MISS, Entry
 from celery_mlcache.errors import (
     CacheClosedError,
@@ -36,15 +36,17 @@ from celery_mlcache.errors import (
     RemoteStoreError,
     SerializationError,
 )
-from celery_mlcache.keys import check_key, format_token, parse_token
-from celery_mlcache.protocols import Fence, RemoteStore, Snapshot, ValueCodec
+from celery_mlcache.keys import check_key, check_prefix, check_tags, format_token, parse_token
+from celery_mlcache.protocols import Fence, RemoteStore, Shelved, Snapshot, ValueCodec
 from celery_mlcache.singleflight import Flight, SingleFlight
 from celery_mlcache.stats import Stats
-from celery_mlcache.tier import Shelved, Tier
+from celery_mlcache.tier import Tier
 from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER
 
 T = TypeVar("T")
-_Call = tuple[Callable[[], Any], float | None, Sequence[str]]  # loader, ttl, tags
+_Options = tuple[float | None, tuple[str, ...]]  # ttl, tags
+_Sum = tuple[int, int, float, tuple[str, ...]]  # stamp, number, seconds left, tags
+_Collection = list[str] | tuple[str, ...] | set[str] | frozenset[str]
 
 BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
 MAX_CAS_TRIES: Final = 100
@@ -80,20 +82,18 @@ class Parts:
 
 
 class _Lead:
-    """What a flight's leader has seen so far: newcomers judge by it whether they may share its answer."""
+    """A flight's departure, and when it was."""
 
-    __slots__ = ("barrier", "began", "clock", "ticket", "tier", "token")
+    __slots__ = ("began", "clock", "departure", "tier")
 
-    def __init__(self, tier: Tier, ticket: Ticket, clock: Callable[[], float]) -> None:
+    def __init__(self, tier: Tier, departure: Departure, clock: Callable[[], float]) -> None:
         self.tier = tier
-        self.ticket = ticket
+        self.departure = departure
         self.clock = clock
         self.began = clock()
-        self.barrier = tier.coherence.required
-        self.token = 0
 
     def is_current(self) -> bool:
-        return self.tier.is_current(self.ticket, self.token, self.barrier, self.clock() - self.began)
+        return self.tier.is_current(self.departure, self.clock() - self.began)
 
 
 @dataclass(slots=True)
@@ -103,7 +103,7 @@ class _Found:
     ticket: Ticket
     taken_at: float  # monotonic, before the question left
     value: Any = MISS
-    shelved: Shelved = (None, None)
+    shelved: Shelved = Shelved(None)  # noqa: RUF009 - a constant
     token: int = 0
     stamp: int = 0
     clock: float = 0.0  # the server's, when it answered
@@ -320,7 +320,7 @@ class CacheManager:
 
     # ---- reading or loading ---------------------------------------------------------------------------------
 
-    def get_or_set(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: Sequence[str] = ()) -> T:
+    def get_or_set(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: _Collection = ()) -> T:
         """Return the value of *key*; on a miss run *loader* and keep its result.
 
         The loader runs once at a time for a key in this process; other callers wait for it, at most
@@ -333,19 +333,19 @@ class CacheManager:
             key: The key.
             loader: Called without arguments.
             ttl: Seconds of life, > 0 and finite; None for the default.
-            tags: Labels kept with the entry.
+            tags: What the result can be invalidated by, beside its key: see :meth:`invalidate_tags`.
 
         Raises:
             Exception: Whatever *loader* raises, unchanged; nothing is stored then.
-            CacheKeyError: *key* cannot be a key.
+            CacheKeyError: *key* cannot be a key, or one of *tags* cannot be a tag.
+            TypeError: *tags* is not a list, tuple or set.
             ValueError: *ttl* is out of range.
             RemoteStoreError: Only with ``strict``.
             SerializationError: Only with ``strict``; else a result that cannot be stored is returned and counted.
         """
         if ttl is not None:
             check_ttl(ttl)
-        if tags:
-            check_tags(tags)
+        checked = check_tags(tags) if tags else ()
         lease = self._coherence.lease_until  # as in get(), and written out for the same reason
         try:
             entry = self._front_get(key)
@@ -357,10 +357,10 @@ class CacheManager:
                 self._l1_hits += 1
                 value: T = entry.value if entry.thaw is None else entry.thaw(entry.value)
                 return value
-        loaded: T = self._get_or_set_slow(key, loader, ttl, tags)
+        loaded: T = self._get_or_set_slow(key, loader, (ttl, checked))
         return loaded
 
-    def _get_or_set_slow(self, key: str, loader: Callable[[], Any], ttl: float | None, tags: Sequence[str]) -> Any:
+    def _get_or_set_slow(self, key: str, loader: Callable[[], Any], options: _Options) -> Any:
         parts = self._parts or self._start()
         key = check_key(key)
         value = parts.tier.look(key)
@@ -374,27 +374,31 @@ class CacheManager:
             if flight.result is None:
                 return self._load(parts, loader)  # the leader's result cannot be copied: no use in waiting in line
             parts.stats.coalesced += 1
-            return _own_copy(flight.result)
-        with flight, parts.tier.tickets((key,)) as tickets:
-            return self._lead(parts, flight, _Lead(parts.tier, tickets[0], self._clock), (loader, ttl, tags))
+            return flight.result.read()
+        with flight, parts.tier.tickets((key,)) as (ticket,):
+            departure = parts.tier.depart(ticket, options[1])
+            flight.ticket = _Lead(parts.tier, departure, self._clock)
+            return self._lead(parts, flight, departure, loader, options)
 
-    def _lead(self, parts: Parts, flight: Flight, lead: _Lead, call: _Call) -> Any:
+    def _lead(
+        self, parts: Parts, flight: Flight, departure: Departure, loader: Callable[[], Any], options: _Options
+    ) -> Any:
         """Find or load for everybody who follows this flight."""
-        loader, ttl, tags = call
-        flight.ticket = lead
-        (found,) = self._find_many(parts, [lead.ticket])
-        lead.token = found.token
+        ticket = departure.ticket
+        (found,) = self._find_many(parts, [ticket])
+        departure.tags = (*departure.tags, *found.shelved.tags)  # before the token: then these are what counts
+        departure.token = found.token
         if found.value is not MISS:
             parts.stats.l2_hits += parts.remote is not None
             flight.land(found.shelved)
             return found.value
         parts.stats.misses += 1
         loaded = self._load(parts, loader)
-        draft = self._draft(parts, found, loaded, (ttl, tags))
+        draft = self._draft(parts, found, loaded, options)
         if draft is None:
             flight.land(None)
             return loaded
-        winner = self._fill(parts, [draft]).get(lead.ticket.key)
+        winner = self._fill(parts, [draft]).get(ticket.key)
         flight.land(draft.shelved if winner is None else winner.shelved)
         return loaded if winner is None else winner.value
 
@@ -404,7 +408,7 @@ class CacheManager:
         loader: Callable[[list[str]], Mapping[str, Any]],
         ttl: float | None = None,
         *,
-        tags: Sequence[str] = (),
+        tags: _Collection = (),
     ) -> dict[str, Any]:
         """Return the values of *keys*; *loader* gets the list of those that no level has and returns a mapping.
 
@@ -415,7 +419,7 @@ class CacheManager:
         parts = self._parts or self._start()
         if ttl is not None:
             check_ttl(ttl)
-        check_tags(tags)
+        options = (ttl, check_tags(tags))
         found, missing = self._look_many(parts, keys)
         if not missing:
             return found
@@ -434,7 +438,7 @@ class CacheManager:
                 for seen in absent:
                     if seen.ticket.key in loaded:
                         found[seen.ticket.key] = value = loaded[seen.ticket.key]
-                        draft = self._draft(parts, seen, value, (ttl, tags))
+                        draft = self._draft(parts, seen, value, options)
                         if draft is not None:
                             drafts.append(draft)
                 for key, winner in self._fill(parts, drafts).items():
@@ -452,7 +456,7 @@ class CacheManager:
         entry = parts.tier.live(ticket.key)
         if entry is not None:
             parts.stats.l1_hits += 1
-            found.value, found.shelved = entry.read(), (entry.value, entry.thaw)
+            found.value, found.shelved = entry.read(), _shelved(entry)
         return found
 
     def _load(self, parts: Parts, loader: Callable[[], T]) -> T:
@@ -466,14 +470,12 @@ class CacheManager:
         finally:
             parts.stats.load_seconds += self._clock() - began
 
-    def _draft(
-        self, parts: Parts, found: _Found, value: Any, options: tuple[float | None, Sequence[str]]
-    ) -> _Draft | None:
+    def _draft(self, parts: Parts, found: _Found, value: Any, options: _Options) -> _Draft | None:
         """Return *value* ready to be stored with *options* (ttl, tags), or None where the codec refuses it."""
         key, (ttl, tags) = found.ticket.key, options
         try:
             tail = parts.codec.encode(key, value, tags=tags)
-            shelved = parts.codec.shelve(key, value, tail)
+            shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
         except SerializationError as exc:
             parts.stats.unserializable += 1
             if parts.policy.strict:
@@ -489,24 +491,25 @@ class CacheManager:
             return self._fill_local(parts, drafts)
         fenced: list[tuple[_Draft, Fence]] = []
         for draft in drafts:
-            fence = self._fence(parts, draft.found)
+            fence = self._fence(parts, draft)
             if fence is None:
                 parts.stats.fills_refused += 1
             elif draft.found.is_absent:
                 fenced.append((draft, fence))
             else:
                 # A live value that cannot be read would win over every filler until it expires: swap it for ours.
-                self._swap(parts, parts.remote, draft)
+                self._swap(parts, parts.remote, draft, fence)
         winners: dict[str, _Found] = {}
         for batch in _batches(fenced):
             winners |= self._fill_remote(parts, parts.remote, batch)
         return winners
 
-    def _fence(self, parts: Parts, found: _Found) -> Fence | None:
-        """Return what a store after *found* may be fenced with, or None."""
+    def _fence(self, parts: Parts, draft: _Draft) -> Fence | None:
+        """Return what a store of *draft* may be fenced with, or None."""
+        found = draft.found
         if found.is_unanswered:
             return None  # L2 did not answer the read
-        return parts.tier.fence(found.ticket, Fence(found.token, found.clock), found.taken_at)
+        return parts.tier.fence(found.ticket, Fence(found.token, found.clock), found.taken_at, draft.shelved.tags)
 
     def _fill_remote(
         self, parts: Parts, remote: RemoteStore, batch: Sequence[tuple[_Draft, Fence]]
@@ -540,25 +543,29 @@ class CacheManager:
             with parts.tier.alone:
                 now = self._clock()
                 entry = parts.tier.live(found.ticket.key)
-                if entry is None and parts.tier.admits(found.ticket, found.token):
+                if entry is None and parts.tier.admits(found.ticket, found.token, draft.shelved.tags):
                     parts.stats.fills += 1
                     parts.tier.keep(found.ticket, found.token, draft.shelved, (now, draft.life))
                 elif entry is None:
                     parts.stats.fills_refused += 1
             if entry is not None:
                 parts.stats.fills_lost += 1
-                shelved = (entry.value, entry.thaw)
-                winners[found.ticket.key] = _Found(found.ticket, now, value=entry.read(), shelved=shelved)
+                winners[found.ticket.key] = _Found(found.ticket, now, value=entry.read(), shelved=_shelved(entry))
         return winners
 
-    def _swap(self, parts: Parts, remote: RemoteStore, draft: _Draft) -> None:
+    def _swap(self, parts: Parts, remote: RemoteStore, draft: _Draft, fence: Fence) -> None:
         """Store by compare and set over what was found, if no one has written or removed the key since."""
         found, sent_at = draft.found, self._clock()
         key = found.ticket.key
         try:
             with parts.tier.writing((key,)):
                 stamp = remote.replace(
-                    key, draft.tail, expected=found.stamp, ttl=draft.life, seen=parts.tier.highest_stamp()
+                    key,
+                    draft.tail,
+                    expected=found.stamp,
+                    ttl=draft.life,
+                    seen=parts.tier.highest_stamp(),
+                    fence=fence.token,
                 )
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
@@ -571,45 +578,46 @@ class CacheManager:
 
     # ---- writing --------------------------------------------------------------------------------------------
 
-    def set(self, key: str, value: Any, ttl: float | None = None, *, tags: Sequence[str] = ()) -> bool:
+    def set(self, key: str, value: Any, ttl: float | None = None, *, tags: _Collection = ()) -> bool:
         """Store *value* on every level and invalidate every other process's copy, in one round trip.
 
         Args:
             key: The key.
             value: Anything the codec restores exactly; a later change of it does not change the cache.
             ttl: Seconds of life, > 0 and finite; None for the default.
-            tags: Labels kept with the entry.
+            tags: What it can be invalidated by, beside its key, in place of what it had: see :meth:`invalidate_tags`.
 
         Returns:
             Whether it was stored. False: L2 did not take it (counted as ``writes_dropped``), or the cache is off.
 
         Raises:
-            CacheKeyError: *key* cannot be a key.
+            CacheKeyError: *key* cannot be a key, or one of *tags* cannot be a tag.
+            TypeError: *tags* is not a list, tuple or set.
             ValueError: *ttl* is out of range.
             SerializationError: *value* would come back altered; nothing was sent.
             RemoteStoreError: Only with ``strict``.
         """
         return self._set_many(((key, value),), ttl, tags)
 
-    def set_many(self, mapping: Mapping[str, Any], ttl: float | None = None, *, tags: Sequence[str] = ()) -> bool:
+    def set_many(self, mapping: Mapping[str, Any], ttl: float | None = None, *, tags: _Collection = ()) -> bool:
         """Store all of *mapping* (up to 500 keys with one script and one announcement each time).
 
         Every key and value is checked before anything is sent. Returns and raises as :meth:`set`.
         """
         return self._set_many(tuple(mapping.items()), ttl, tags)
 
-    def _set_many(self, items: Sequence[tuple[str, Any]], ttl: float | None, tags: Sequence[str]) -> bool:
+    def _set_many(self, items: Sequence[tuple[str, Any]], ttl: float | None, tags: _Collection) -> bool:
         parts = self._parts or self._start()
         if ttl is not None:
             check_ttl(ttl)
-        check_tags(tags)
+        tags = check_tags(tags)
         lots: list[tuple[str, bytes, float]] = []
         shelved = []
         for given, value in items:
             key = check_key(given)
             tail = parts.codec.encode(key, value, tags=tags)
             lots.append((key, tail, self._life(parts, ttl)))
-            shelved.append(parts.codec.shelve(key, value, tail))
+            shelved.append(Shelved(*parts.codec.shelve(key, value, tail), tags))
         is_stored = True
         for batch in _batches(range(len(lots))):
             lot = [lots[i] for i in batch]
@@ -633,7 +641,7 @@ class CacheManager:
         """Make one step of looking and writing where L1 is all there is; in L2 the script is one already."""
         return parts.tier.alone if parts.remote is None else _TOGETHER
 
-    def add(self, key: str, value: Any, ttl: float | None = None) -> bool:
+    def add(self, key: str, value: Any, ttl: float | None = None, *, tags: _Collection = ()) -> bool:
         """Store *value* only if *key* has no live value, atomically in L2; return whether it was stored.
 
         Raises as :meth:`set`.
@@ -641,8 +649,9 @@ class CacheManager:
         parts = self._parts or self._start()
         key = check_key(key)
         life = self._life(parts, ttl)
-        tail = parts.codec.encode(key, value)
-        shelved = parts.codec.shelve(key, value, tail)
+        tags = check_tags(tags)
+        tail = parts.codec.encode(key, value, tags=tags)
+        shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
         try:
             with self._alone(parts), parts.tier.writing((key,)) as (ticket,):
                 sent_at = self._clock()
@@ -693,18 +702,20 @@ class CacheManager:
             with self._alone(parts), parts.tier.writing((key,)) as (ticket,):
                 sent_at = self._clock()
                 if parts.remote is None:
-                    stamp, number, remaining = self._increment_local(parts, key, delta, fresh, life)
+                    stamp, number, remaining, tags = self._increment_local(parts, key, delta, fresh, life)
                 elif parts.policy.is_signed:
-                    stamp, number, remaining = self._increment_signed(parts, parts.remote, key, (delta, fresh, life))
+                    stamp, number, remaining, tags = self._increment_signed(
+                        parts, parts.remote, key, (delta, fresh, life)
+                    )
                 else:
-                    stamp, number, remaining = parts.remote.increment(
+                    stamp, number, remaining, tags = parts.remote.increment(
                         key,
                         delta,
                         initial=(fresh, parts.codec.encode(key, fresh), life),
                         seen=parts.tier.highest_stamp(),
                     )
                 parts.stats.writes += 1
-                parts.tier.keep(ticket, stamp, (number, None), (sent_at, remaining))
+                parts.tier.keep(ticket, stamp, Shelved(number, None, tags), (sent_at, remaining))
                 return number
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
@@ -717,41 +728,40 @@ class CacheManager:
             raise TypeError(msg)
         return self.incr(key, -delta, initial=initial, ttl=ttl)
 
-    def _increment_local(self, parts: Parts, key: str, delta: int, fresh: int, life: float) -> tuple[int, int, float]:
+    def _increment_local(self, parts: Parts, key: str, delta: int, fresh: int, life: float) -> _Sum:
         entry = parts.tier.live(key)
         if entry is None:
-            return parts.tier.own_stamp(), fresh, life
+            return parts.tier.own_stamp(), fresh, life, ()
         value = entry.read()
         if type(value) is not int:
             raise NotAnIntegerError(key, "holds something that is not an integer")
-        return parts.tier.own_stamp(), _checked_sum(key, value, delta), entry.deadline - self._clock()
+        return parts.tier.own_stamp(), _checked_sum(key, value, delta), entry.deadline - self._clock(), entry.tags
 
-    def _increment_signed(
-        self, parts: Parts, remote: RemoteStore, key: str, step: tuple[int, int, float]
-    ) -> tuple[int, int, float]:
+    def _increment_signed(self, parts: Parts, remote: RemoteStore, key: str, step: tuple[int, int, float]) -> _Sum:
         """Compare and set: Lua cannot sign. Every round, one of the contenders gets through."""
         delta, fresh, life = step
         for _ in range(MAX_CAS_TRIES):
             (snapshot,) = remote.read((key,), seen=parts.tier.highest_stamp())
             number, remaining = fresh, None
+            tags: tuple[str, ...] = ()
             if snapshot.data is not None:
                 try:
-                    value = parts.codec.decode(key, snapshot.data).value
+                    decoded = parts.codec.decode(key, snapshot.data)
                 except CodecError as exc:
                     parts.stats.add_codec_miss(exc.reason)
                 else:
-                    if type(value) is not int:
+                    if type(decoded.value) is not int:
                         raise NotAnIntegerError(key, "holds something that is not an integer")
-                    number, remaining = _checked_sum(key, value, delta), snapshot.remaining
+                    number, remaining, tags = _checked_sum(key, decoded.value, delta), snapshot.remaining, decoded.tags
             stamp = remote.replace(
                 key,
-                parts.codec.encode(key, number),
+                parts.codec.encode(key, number, tags=tags),
                 expected=snapshot.stamp,
                 ttl=life if remaining is None else None,
                 seen=parts.tier.highest_stamp(),
             )
             if stamp is not None:
-                return stamp, number, life if remaining is None else remaining
+                return stamp, number, life if remaining is None else remaining, tags
         raise RemoteStoreError("increment", f"{MAX_CAS_TRIES} others got in between")
 
     def touch(self, key: str, ttl: float) -> bool:
@@ -780,10 +790,10 @@ class CacheManager:
         entry = parts.tier.live(ticket.key)
         if entry is None:
             return False
-        parts.tier.keep(ticket, parts.tier.own_stamp(), (entry.value, entry.thaw), (self._clock(), life))
+        parts.tier.keep(ticket, parts.tier.own_stamp(), _shelved(entry), (self._clock(), life))
         return True
 
-    def refresh(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: Sequence[str] = ()) -> T:
+    def refresh(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: _Collection = ()) -> T:
         """Run *loader* now, store its result over whatever is cached, and return it.
 
         What happens to the key meanwhile wins: the result is then returned and not stored, for it may be older.
@@ -793,21 +803,19 @@ class CacheManager:
         key = check_key(key)
         if ttl is not None:
             check_ttl(ttl)
-        check_tags(tags)
+        options = (ttl, check_tags(tags))
         with parts.tier.tickets((key,)) as tickets:
             before = self._observe(parts, tickets[0])
             value = self._load(parts, loader)
             # Whether it gets stored or something newer is there: no older copy may answer after this.
             parts.tier.drop(key, before.token)
-            draft = self._draft(parts, before, value, (ttl, tags))
+            draft = self._draft(parts, before, value, options)
             if draft is None:
                 return value
             if parts.remote is None:
                 self._swap_local(parts, draft)
-            elif before.is_absent or self._fence(parts, before) is None:
-                self._fill(parts, [draft])
             else:
-                self._swap(parts, parts.remote, draft)
+                self._fill(parts, [draft])
         return value
 
     def _observe(self, parts: Parts, ticket: Ticket) -> _Found:
@@ -825,7 +833,7 @@ class CacheManager:
     def _swap_local(self, parts: Parts, draft: _Draft) -> None:
         found = draft.found
         with parts.tier.alone:
-            is_untouched = parts.tier.admits(found.ticket, found.token)
+            is_untouched = parts.tier.admits(found.ticket, found.token, draft.shelved.tags)
             if is_untouched:
                 stamp = parts.tier.own_stamp()
                 parts.tier.keep(found.ticket, stamp, draft.shelved, (self._clock(), draft.life))
@@ -872,19 +880,79 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         parts.stats.flushes += 1
-        try:
-            floor = parts.tier.own_stamp() if parts.remote is None else self._clear_remote(parts, parts.remote)
-        except RemoteStoreError as exc:
-            self._dropped(parts, exc)
+        floor = self._invalidate(parts, lambda remote, seen: remote.clear(seen=seen))
+        if floor is None:
             return False
         parts.tier.flush(floor)
         return True
 
-    def _clear_remote(self, parts: Parts, remote: RemoteStore) -> int:
+    def invalidate_tags(self, *tags: str) -> bool:
+        """Make every entry that carries one of *tags* dead, on every level and process; return whether L2 was told.
+
+        One round trip and one announcement, whatever the number of entries: nothing is scanned, and no list of a
+        tag's keys is kept anywhere. A loader that runs meanwhile does not bring back what it read before; nor does
+        the loss of a tag's record in Redis, which counts as an invalidation. What is dead goes as its life ends.
+
+        Raises:
+            CacheKeyError: One of them cannot be a tag, or there are more than 64.
+            RemoteStoreError: Only with ``strict``.
+        """
+        parts = self._parts or self._start()
+        checked = check_tags(tags)
+        if not checked:
+            return True
+        parts.stats.tag_invalidations += len(checked)
+        stamp = self._invalidate(parts, lambda remote, seen: remote.invalidate_tags(checked, seen=seen))
+        if stamp is None:
+            return False
+        parts.tier.invalidate(checked, (), stamp)
+        return True
+
+    def invalidate_prefix(self, prefix: str) -> bool:
+        """Make every entry whose key begins with *prefix* dead, on every level and process; return whether L2 was told.
+
+        All are dead after the first round trip. Then L2 is scanned, in batches of about 500 keys, and what is dead is
+        unlinked: that takes as long as there are keys in the database, and if it is broken off the rest goes as its
+        life ends, or with the next call. While many invalidated prefixes wait for that (64), the next one clears the
+        whole namespace. Where entries are often invalidated together, tags cost less.
+
+        Raises:
+            CacheKeyError: No key can begin with *prefix*.
+            RemoteStoreError: Only with ``strict``.
+        """
+        parts = self._parts or self._start()
+        prefix = check_prefix(prefix)
+        parts.stats.prefix_invalidations += 1
+        unswept: list[str] = []
+
+        def tell(remote: RemoteStore, seen: int) -> int:
+            stamp, unswept[:] = remote.invalidate_prefix(prefix, seen=seen)
+            return stamp
+
+        stamp = self._invalidate(parts, tell)
+        if stamp is None:
+            return False
+        parts.tier.invalidate((), (prefix,), stamp)
+        if parts.remote is not None:
+            try:
+                for each in unswept:
+                    parts.remote.sweep(each, stamp, seen=parts.tier.highest_stamp())
+            except RemoteStoreError as exc:
+                self._failed(parts, exc)
+        return True
+
+    def _invalidate(self, parts: Parts, tell: Callable[[RemoteStore, int], int]) -> int | None:
+        """Return the stamp of an invalidation of many keys at once, or None where L2 could not be told."""
+        if parts.remote is None:
+            return parts.tier.own_stamp()
         try:
-            return remote.clear(seen=parts.tier.highest_stamp())
-        except BaseException:
+            return tell(parts.remote, parts.tier.highest_stamp())
+        except RemoteStoreError as exc:
             parts.tier.void()  # it may happen yet, or not at all
+            self._dropped(parts, exc)
+            return None
+        except BaseException:
+            parts.tier.void()
             raise
 
     # ---- causality and state --------------------------------------------------------------------------------
@@ -1013,7 +1081,8 @@ class CacheManager:
             except CodecError as exc:
                 parts.stats.add_codec_miss(exc.reason)
             else:
-                found.shelved = parts.codec.shelve_decoded(ticket.key, decoded, snapshot.data[HEAD_SIZE:])
+                own = parts.codec.shelve_decoded(ticket.key, decoded, snapshot.data[HEAD_SIZE:])
+                found.shelved = Shelved(*own, decoded.tags)
                 found.value = decoded.value
                 parts.tier.keep(ticket, snapshot.stamp, found.shelved, (sent_at, snapshot.remaining))
                 return found
@@ -1062,20 +1131,8 @@ def _is_current(flight: Flight) -> bool:
     return lead.is_current() if isinstance(lead, _Lead) else True  # without one it has not read anything yet
 
 
-def check_tags(tags: object) -> None:
-    """Refuse tags that are not a list or tuple of str.
-
-    Raises:
-        TypeError: They are not.
-    """
-    if not isinstance(tags, (list, tuple)) or not all(isinstance(tag, str) for tag in tags):
-        msg = f"tags must be a list or tuple of str, not {tags!r:.80}"
-        raise TypeError(msg)
-
-
-def _own_copy(shelved: Shelved) -> Any:
-    value, thaw = shelved
-    return value if thaw is None else thaw(value)
+def _shelved(entry: Entry) -> Shelved:
+    return Shelved(entry.value, entry.thaw, entry.tags)
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -43,6 +43,24 @@ class ValueCodec(Protocol):
         ...
 
 
+class Shelved(NamedTuple):
+    """A value as an L1 entry holds it.
+
+    Attributes:
+        value: What readers get, or what ``thaw`` makes it from.
+        thaw: Makes each reader's own copy; None for what cannot be changed.
+        tags: What the entry can be invalidated by, beside its key.
+    """
+
+    value: Any
+    thaw: Callable[[Any], Any] | None = None
+    tags: tuple[str, ...] = ()
+
+    def read(self) -> Any:
+        """Return the value as a reader may have it."""
+        return self.value if self.thaw is None else self.thaw(self.value)
+
+
 class LocalEngine(Protocol):
     """A bounded map of str to Entry; every method is thread-safe and takes microseconds."""
 
@@ -73,7 +91,7 @@ class Snapshot:
 
     Attributes:
         data: The stored value (head and tail); None when absent, dead by the floor, or deleted.
-        stamp: Of the value or tombstone; 0 when nothing is stored.
+        stamp: Of the value or tombstone, or of the invalidation that killed it by a tag; 0 when nothing is stored.
         token: The namespace's counter at that instant: the fence of a fill that may follow.
         floor: The smallest stamp still alive.
         remaining: Seconds of life left in L2; None when there is no value.
@@ -134,8 +152,13 @@ class RemoteStore(Protocol):
         """Store if no live value is there; return the stamp, or None where one is."""
         ...
 
-    def replace(self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int) -> int | None:
-        """Store if the key's stamp is still *expected* (0: nothing there); keep its life if ttl is None."""
+    def replace(
+        self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int, fence: int | None = None
+    ) -> int | None:
+        """Store if the key's stamp is still *expected* (0: nothing there); keep its life if ttl is None.
+
+        With a *fence*, not either if one of the tail's tags was invalidated after that stamp.
+        """
         ...
 
     def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
@@ -148,10 +171,10 @@ class RemoteStore(Protocol):
 
     def increment(
         self, key: str, delta: int, *, initial: tuple[int, bytes, float], seen: int
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, int, float, tuple[str, ...]]:
         """Add atomically, or store *initial* ``(number, its tail, ttl)`` where nothing lives.
 
-        Returns ``(stamp, number, seconds left)``; raises NotAnIntegerError too.
+        Returns ``(stamp, number, seconds left, tags)``; raises NotAnIntegerError too.
         """
         ...
 
@@ -161,6 +184,24 @@ class RemoteStore(Protocol):
 
     def clear(self, *, seen: int) -> int:
         """Raise the floor over everything stored; return the new floor."""
+        ...
+
+    def invalidate_tags(self, tags: Sequence[str], *, seen: int) -> int:
+        """Let everything that carries one of *tags* be dead, in O(tags); return the stamp."""
+        ...
+
+    def invalidate_prefix(self, prefix: str, *, seen: int) -> tuple[int, list[str]]:
+        """Let everything whose key begins with *prefix* be dead, at once.
+
+        Returns the stamp and the prefixes whose dead values still take room, this one first.
+        """
+        ...
+
+    def sweep(self, prefix: str, stamp: int, *, seen: int) -> int:
+        """Free what is dead among the keys that begin with *prefix*; return how many keys that were.
+
+        Many round trips, each bounded. *stamp* is that of an invalidation before it: it need not be remembered then.
+        """
         ...
 
     def ping(self) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import socket
 import struct
 import weakref
@@ -50,6 +51,10 @@ REMOTE_ERRORS: Final = (RedisError, OSError)
 # What redis-py and hiredis raise over bytes that are no RESP. Not Exception: a soft time limit must get through.
 NONSENSE: Final = (ValueError, TypeError, LookupError, ArithmeticError, SystemError)
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
+_GLOB: Final = re.compile(r"[*?\[\]\\^-]")  # what means something in a pattern of Redis
+MAX_READS: Final = 5  # in one read, when others write between its two commands
+MAX_PREFIXES: Final = 64  # that were invalidated and not swept yet: each operation looks through them
+SCAN_COUNT: Final = 500  # Redis serves nobody else meanwhile
 
 
 class Script:
@@ -102,38 +107,40 @@ class RedisRemote:
         self._idle: deque[AbstractConnection] = deque()
         self._open: weakref.WeakSet[AbstractConnection] = weakref.WeakSet()  # busy ones too: a child lets go of all
         self._pid = os.getpid()
-        self._control = (names.counter, names.floor)
-        self._seed, self._write, self._replace = Script("seed"), Script("write"), Script("replace")
+        self._control = (names.counter, names.floors)
+        self._read, self._write, self._replace = Script("read"), Script("write"), Script("replace")
         self._delete, self._fill, self._increment = Script("delete"), Script("fill"), Script("increment")
-        self._touch, self._clear = Script("touch"), Script("clear")
+        self._touch, self._clear, self._invalidate = Script("touch"), Script("clear"), Script("invalidate")
+        self._prefix, self._sweep = Script("prefix"), Script("sweep")
 
     # ---- reads ----------------------------------------------------------------------------------------------
 
     def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
-        """Return a snapshot for each key; see the protocol."""
-        names = [self._names.value(key) for key in keys]
-        packed = _pack(("TIME",)) + _pack(("MGET", *self._control, *names))
-        server_clock, stored = self._exchange("read", packed, replies=2)
-        try:
-            counter_text, floor_text, *values = stored
-            counter, floor = int(counter_text or 0), int(floor_text or 0)
-            now_ms = int(server_clock[0]) * 1000 + int(server_clock[1]) / 1000
-        except NONSENSE as exc:
-            raise self._misunderstood("read") from exc
-        if len(values) != len(names):
-            raise self._misunderstood("read")
-        if counter and floor and counter >= seen:
-            return [_snapshot(data, now_ms, counter, floor) for data in values]
-        # Lost (eviction, FLUSHALL, restart) or behind (a failover that lost writes): nothing stored counts.
-        counter, floor = self.seed(seen=seen)
-        return [Snapshot(None, 0, counter, floor, None, now_ms / 1000) for _ in keys]
+        """Return a snapshot for each key; see the protocol.
 
-    def seed(self, *, seen: int) -> tuple[int, int]:
-        """Make sure that counter and floor exist and are not behind *seen*; return them."""
-        reply = self._call("seed", self._seed, (), (), seen=seen)
-        with self._understanding("seed"):
-            counter, floor = reply
-            return int(counter), int(floor)
+        The script judges and the command behind it, in the same trip, brings the bodies: through Lua a body of 1 MB
+        would take the server ten times as long. Where somebody writes in between, both are asked again.
+        """
+        names = [self._names.value(key) for key in keys]
+        bodies = _pack(("MGET", *names))
+        for _ in range(MAX_READS):
+            reply, stored = self._call("read", self._read, names, (), seen=seen, behind=bodies)
+            try:
+                counter_text, floor_text, clock_text, verdicts = reply
+                order = (int(clock_text) / 1000, int(counter_text), int(floor_text))
+                if len(stored) != len(names) or len(verdicts) not in {0, len(names)}:
+                    raise ValueError(len(stored))
+                found = [
+                    _snapshot(data, order) if not verdicts else _judged(data, verdicts[i], order)
+                    for i, data in enumerate(stored)
+                ]
+            except NONSENSE as exc:
+                raise self._misunderstood("read") from exc
+            if None not in found:
+                break
+        # What is newer than the order to the last is no value of ours.
+        now_ms, counter, floor = order
+        return [each or Snapshot(None, 0, counter, floor, None, now_ms / 1000) for each in found]
 
     def ping(self) -> float:
         """Return the round-trip time in seconds."""
@@ -149,27 +156,30 @@ class RedisRemote:
         arguments: list[Any] = [_joined(keys)]
         for _, tail, ttl in items:
             arguments += (milliseconds(ttl), tail)
-        reply = self._call("write", self._write, keys, arguments, seen=seen)
+        reply = self._run("write", self._write, keys, arguments, seen=seen)
         with self._understanding("write"):
             return _stamp(reply)
 
     def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
         """Store if no live value is there."""
-        return self._replace_if("add", key, (key, milliseconds(ttl), tail, ""), seen)
+        return self._replace_if("add", key, (key, milliseconds(ttl), tail, "", ""), seen)
 
-    def replace(self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int) -> int | None:
+    def replace(
+        self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int, fence: int | None = None
+    ) -> int | None:
         """Compare the stamp and set."""
         life = "" if ttl is None else milliseconds(ttl)
-        return self._replace_if("replace", key, (key, life, tail, expected), seen)
+        arguments = (key, life, tail, expected, "" if fence is None else fence)
+        return self._replace_if("replace", key, arguments, seen)
 
     def _replace_if(self, op: str, key: str, arguments: Sequence[Any], seen: int) -> int | None:
-        reply = self._call(op, self._replace, (key,), arguments, seen=seen, is_repeatable=False)
+        reply = self._run(op, self._replace, (key,), arguments, seen=seen, is_repeatable=False)
         with self._understanding(op):
             return _stamp(reply, allow_none=True) or None
 
     def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
         """Put tombstones under one stamp with one announcement."""
-        reply = self._call("delete", self._delete, keys, (_joined(keys),), seen=seen)
+        reply = self._run("delete", self._delete, keys, (_joined(keys),), seen=seen)
         with self._understanding("delete"):
             stamp, removed = reply
             return _stamp(stamp), int(removed)
@@ -181,7 +191,7 @@ class RedisRemote:
             # Half a tombstone's life after the fence: what is left for the command to wait in a frozen server's buffer.
             until_ms = int(fence.clock * 1000) + self._tombstone // 2
             arguments += (fence.token, until_ms, milliseconds(ttl), tail)
-        reply = self._call("fill", self._fill, [key for key, *_ in items], arguments, seen=0, is_repeatable=False)
+        reply = self._run("fill", self._fill, [key for key, *_ in items], arguments, seen=0, is_repeatable=False)
         with self._understanding("fill"):
             *outcomes, counter, floor, now_us = reply
             order = (int(now_us) / 1000, int(counter), int(floor))
@@ -192,12 +202,12 @@ class RedisRemote:
 
     def increment(
         self, key: str, delta: int, *, initial: tuple[int, bytes, float], seen: int
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, int, float, tuple[str, ...]]:
         """Add in Lua; see the protocol."""
         number, tail, ttl = initial
         try:
             arguments = (key, delta, milliseconds(ttl), tail, number)
-            reply = self._call("increment", self._increment, (key,), arguments, seen=seen, is_repeatable=False)
+            reply = self._run("increment", self._increment, (key,), arguments, seen=seen, is_repeatable=False)
         except RemoteStoreError as exc:
             if "NOTINTEGER" in exc.why:
                 raise NotAnIntegerError(key, "holds something that is not an integer") from None
@@ -205,20 +215,54 @@ class RedisRemote:
                 raise NotAnIntegerError(key, "would leave the range of ±2**53") from None
             raise
         with self._understanding("increment"):
-            stamp, number, life = reply
-            return _stamp(stamp), int(number), int(life) / 1000
+            stamp, number, life, tags = reply
+            return _stamp(stamp), int(number), int(life) / 1000, tuple([bytes.decode(tag) for tag in tags])
 
     def touch(self, key: str, ttl: float, *, seen: int) -> int | None:
         """Give a live value a new life."""
-        reply = self._call("touch", self._touch, (key,), (key, milliseconds(ttl)), seen=seen)
+        reply = self._run("touch", self._touch, (key,), (key, milliseconds(ttl)), seen=seen)
         with self._understanding("touch"):
             return _stamp(reply, allow_none=True) or None
 
     def clear(self, *, seen: int) -> int:
         """Raise the floor over everything stored."""
-        reply = self._call("clear", self._clear, (), (), seen=seen)
+        reply = self._run("clear", self._clear, (), (), seen=seen)
         with self._understanding("clear"):
             return _stamp(reply)
+
+    def invalidate_tags(self, tags: Sequence[str], *, seen: int) -> int:
+        """Raise the tags' records under one stamp with one announcement."""
+        names = [self._names.tag(tag) for tag in tags]
+        reply = self._call("invalidate", self._invalidate, names, (_joined(tags),), seen=seen)[0]
+        with self._understanding("invalidate"):
+            return _stamp(reply)
+
+    def invalidate_prefix(self, prefix: str, *, seen: int) -> tuple[int, list[str]]:
+        """Write the prefix among the floors, with one announcement."""
+        reply = self._run("prefix", self._prefix, (), (prefix, MAX_PREFIXES), seen=seen)
+        with self._understanding("prefix"):
+            stamp, *unswept = reply
+            return _stamp(stamp), [bytes.decode(name) for name in unswept]
+
+    def sweep(self, prefix: str, stamp: int, *, seen: int) -> int:
+        """Scan in bounded batches, and free what is dead; see the protocol."""
+        pattern = _GLOB.sub(r"\\\g<0>", self._names.value(prefix)) + "*"
+        cursor, freed = b"0", 0
+        while True:
+            scan = _pack(("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT))
+            (reply,) = self._exchange("sweep", scan, replies=1)
+            with self._understanding("sweep"):
+                cursor, found = reply
+                if not isinstance(cursor, bytes) or not all(isinstance(name, bytes) for name in found):
+                    raise ValueError(cursor)
+            is_last = cursor == b"0"
+            if found or is_last:
+                arguments = (prefix, stamp if is_last else "")
+                reply = self._call("sweep", self._sweep, found, arguments, seen=seen)[0]
+                with self._understanding("sweep"):
+                    freed += int(reply)
+            if is_last:
+                return freed
 
     # ---- connections ----------------------------------------------------------------------------------------
 
@@ -240,7 +284,7 @@ class RedisRemote:
         for connection in list(self._open):
             abandon_socket(connection)
 
-    def _call(
+    def _run(
         self,
         op: str,
         script: Script,
@@ -250,16 +294,33 @@ class RedisRemote:
         seen: int,
         is_repeatable: bool = True,
     ) -> Any:
-        names = [*self._control, *[self._names.value(key) for key in keys]]
-        rest = (len(names), *names, self._names.channel, seen, self._tombstone, *arguments)
+        """Run a script about user keys and return its reply."""
+        names = [self._names.value(key) for key in keys]
+        return self._call(op, script, names, arguments, seen=seen, is_repeatable=is_repeatable)[0]
+
+    def _call(
+        self,
+        op: str,
+        script: Script,
+        names: Sequence[str | bytes],
+        arguments: Sequence[Any],
+        *,
+        seen: int,
+        is_repeatable: bool = True,
+        behind: bytes = b"",
+    ) -> list[Any]:
+        """Run a script about Redis keys, and a packed command *behind* it in the same trip; return the replies."""
+        common = (self._names.channel, seen, self._tombstone, self._names.value_prefix, self._names.tag_prefix)
+        rest = (len(names) + len(self._control), *self._control, *names, *common, *arguments)
+        replies = 2 if behind else 1
         try:
-            packed = _pack(("EVALSHA", script.sha, *rest))
-            return self._exchange(op, packed, replies=1, is_repeatable=is_repeatable)[0]
+            packed = _pack(("EVALSHA", script.sha, *rest)) + behind
+            return self._exchange(op, packed, replies=replies, is_repeatable=is_repeatable)
         except RemoteStoreError as exc:
             if not isinstance(exc.__cause__, NoScriptError):
                 raise
-        packed = _pack(("EVAL", script.source, *rest))
-        return self._exchange(op, packed, replies=1, is_repeatable=is_repeatable)[0]
+        packed = _pack(("EVAL", script.source, *rest)) + behind
+        return self._exchange(op, packed, replies=replies, is_repeatable=is_repeatable)
 
     def _exchange(self, op: str, packed: bytes, replies: int, *, is_repeatable: bool = True) -> list[Any]:
         """Send and read: the one place where breaker, error wrapping and counting stand."""
@@ -364,21 +425,28 @@ class RedisRemote:
         return RemoteStoreError(op, "the reply has an unknown shape", outcome_unknown=True)
 
 
-def _snapshot(data: Any, now_ms: float, counter: int, floor: int) -> Snapshot:
+def _snapshot(data: Any, order: tuple[float, int, int]) -> Snapshot | None:
+    """Return what *data* says of itself, or None where it is newer than *order* (clock in ms, counter, floor)."""
+    now_ms, counter, floor = order
     split = split_value(data) if isinstance(data, bytes) else None
-    clock = now_ms / 1000
-    if split is None or not floor <= split[0] <= counter:
-        return Snapshot(None, 0, counter, floor, None, clock)
-    stamp, expires_ms, kind = split
-    if kind == KIND_TOMBSTONE:
-        return Snapshot(None, stamp, counter, floor, None, clock)
-    # The clock was read before the value, and the caller counts from before it asked: never too long.
-    remaining = (expires_ms - now_ms) / 1000
-    if remaining <= 0:
-        return Snapshot(
-            None, stamp, counter, floor, None, clock
-        )  # the key outlives a short-lived value, as its tombstone
-    return Snapshot(data, stamp, counter, floor, remaining, clock)
+    stamp = 0 if split is None or split[0] < floor else split[0]
+    if stamp > counter:
+        return None
+    if split is not None and stamp and split[2] != KIND_TOMBSTONE:
+        # The clock was read before the value, and the caller counts from before it asked: never too long.
+        remaining = (split[1] - now_ms) / 1000
+        if remaining > 0:  # else the key outlives a short-lived value, as its tombstone
+            return Snapshot(data, stamp, counter, floor, remaining, now_ms / 1000)
+    return Snapshot(None, stamp, counter, floor, None, now_ms / 1000)
+
+
+def _judged(data: Any, verdict: int, order: tuple[float, int, int]) -> Snapshot | None:
+    """As :func:`_snapshot`, where the script has judged what was stored a moment before."""
+    now_ms, counter, floor = order
+    if verdict > 0 and data is not None:  # gone meanwhile: its life has ended
+        found = _snapshot(data, order)
+        return found if found is not None and found.stamp == verdict else None
+    return Snapshot(None, max(0, -verdict), counter, floor, None, now_ms / 1000)
 
 
 def _filled(outcome: Any, order: tuple[float, int, int]) -> Filled:
@@ -387,7 +455,7 @@ def _filled(outcome: Any, order: tuple[float, int, int]) -> Filled:
         return Filled(is_stored=True, winner=None)
     if code == 1:
         (data,) = rest
-        return Filled(is_stored=False, winner=_snapshot(data, *order), refused="winner")
+        return Filled(is_stored=False, winner=_snapshot(data, order), refused="winner")
     return Filled(is_stored=False, winner=None, refused="fence")
 
 

@@ -30,6 +30,8 @@ class Stats:
     writes: int = 0
     writes_dropped: int = 0  # L2 could not be told
     deletes: int = 0
+    tag_invalidations: int = 0
+    prefix_invalidations: int = 0
     fills: int = 0
     fills_refused: int = 0  # something happened to the key meanwhile
     fills_lost: int = 0  # a live value was there already

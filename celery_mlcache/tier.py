@@ -16,17 +16,16 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal
 
-from celery_mlcache.coherence import Act, Coherence, Ticket
+from celery_mlcache.coherence import Act, Coherence, Departure, Ticket
 from celery_mlcache.entry import MISS, Entry
 from celery_mlcache.errors import NotAnIntegerError
 from celery_mlcache.local import Local
-from celery_mlcache.protocols import Fence, Pulse, Snapshot
+from celery_mlcache.protocols import Fence, Pulse, Shelved, Snapshot
 from celery_mlcache.stats import Stats
 from celery_mlcache.wire import Message
 
 DRIFT: Final = 0.999  # our clock may run slower than the server's; twice what NTP slews at most
 ROUNDING: Final = 0.002  # seconds: Redis counts lives and clocks in whole milliseconds, rounded down
-Shelved = tuple[Any, Callable[[Any], Any] | None]  # an entry's value, and what makes a reader's own copy of it
 
 log = logging.getLogger("celery_mlcache")
 
@@ -110,6 +109,8 @@ class Tier:
         self._clock_offset: float | None = None  # the server's clock less ours
         # Re-entrant: the collector may run a user's finalizer under it, and that may use the cache.
         self._lock = threading.RLock()
+        if local is not None:
+            local.floors = coherence.floors
 
     # ---- reading L1 -----------------------------------------------------------------------------------------
 
@@ -158,13 +159,13 @@ class Tier:
         sent_at, remaining = life
         deadline = sent_at + min(remaining * self._drift - self._rounding, self._l1_ttl)
         with self._lock:
-            is_admitted = self.coherence.commit(ticket, stamp)
+            value, thaw, tags = shelved
+            is_admitted = self.coherence.commit(ticket, stamp, tags)
             if self.local is None:
                 return
             ttl = deadline - self._clock()
             if is_admitted and ttl > 0:
-                value, thaw = shelved
-                self.local.put(ticket.key, Entry(value, stamp, deadline, self.coherence.epoch, thaw), ttl)
+                self.local.put(ticket.key, Entry(value, stamp, deadline, self.coherence.epoch, thaw, tags), ttl)
                 return
             # Reads must not go backward when the lease returns.
             self.local.discard_older(ticket.key, stamp)
@@ -184,7 +185,7 @@ class Tier:
             self.coherence.note(snapshot.token)
             self.coherence.missed(ticket, 0 if snapshot.data is not None else snapshot.stamp, snapshot.floor)
             if self.local is not None:
-                self.local.void_below(self.coherence.floor)
+                self.local.void_below(self.coherence.floors.everything)
                 self.local.discard_older(ticket.key, snapshot.token + 1)
 
     def met(self, ticket: Ticket, stamp: int) -> None:
@@ -200,25 +201,30 @@ class Tier:
             if self.local is not None:
                 self.local.discard_older(key, token + 1)
 
-    def admits(self, ticket: Ticket, stamp: int) -> bool:
-        """Has nothing happened to the key since *stamp* was the newest?"""
+    def admits(self, ticket: Ticket, stamp: int, tags: Sequence[str]) -> bool:
+        """Has nothing happened to the key or *tags* since *stamp* was the newest?"""
         with self._lock:
-            return self.coherence.admits(ticket, stamp)
+            return self.coherence.admits(ticket, stamp, tags)
 
-    def fence(self, ticket: Ticket, fence: Fence, taken_at: float) -> Fence | None:
+    def fence(self, ticket: Ticket, fence: Fence, taken_at: float, tags: Sequence[str]) -> Fence | None:
         """Return what a fill may be fenced with now, or None; *taken_at* is our clock when *fence* was asked for."""
         with self._lock:
             now = self._clock()
-            token = self.coherence.fence(ticket, fence.token, taken_at, now)
+            token = self.coherence.fence(ticket, fence.token, taken_at, now, tags)
             if token is None:
                 return None
             is_covered = self.coherence.is_covered(ticket, now)
             return Fence(token, max(fence.clock, self._proof_clock) if is_covered else fence.clock)
 
-    def is_current(self, ticket: Ticket, token: int, barrier: int, age: float) -> bool:
+    def depart(self, ticket: Ticket, tags: tuple[str, ...]) -> Departure:
+        """Note what a flight begins with."""
+        with self._lock:
+            return Departure(ticket, self.coherence.floors.newest, self.coherence.required, tags=tags)
+
+    def is_current(self, flight: Departure, age: float) -> bool:
         """May a newcomer share the answer of a flight? See :meth:`Coherence.is_current`."""
         with self._lock:
-            return self.coherence.is_current(ticket, token, barrier, age)
+            return self.coherence.is_current(flight, age)
 
     @property
     def alone(self) -> threading.RLock:
@@ -237,6 +243,12 @@ class Tier:
             self.coherence.flushed(floor)
             if self.local is not None:
                 self.local.void_below(floor)
+
+    def invalidate(self, tags: Sequence[str], prefixes: Sequence[str], stamp: int) -> None:
+        """This process invalidated *tags* or *prefixes* under *stamp*."""
+        with self._lock:
+            self.coherence.invalidated(tags, prefixes, stamp)
+            self._void_wide(tags, prefixes, stamp)
 
     def void(self) -> None:
         """Start again with an empty L1: a flush of this process may happen yet, or not at all."""
@@ -314,3 +326,11 @@ class Tier:
             local.void_below(act.stamp)
         for key in act.keys:
             local.discard_older(key, act.stamp)
+        self._void_wide(act.tags, act.prefixes, act.stamp)
+
+    def _void_wide(self, tags: Sequence[str], prefixes: Sequence[str], stamp: int) -> None:
+        if self.local is not None:
+            for tag in tags:
+                self.local.void_tag(tag, stamp)
+            for prefix in prefixes:
+                self.local.void_prefix(prefix, stamp)

@@ -9,17 +9,30 @@ Value, in a Redis string (offsets in bytes, big endian)::
     18     flags         \
     19     serializer     |  the *tail*: made by codec.py; lua/increment.lua relies on kind, flags and H
     20-21  H, u16         |
-    22-    H bytes of header (codec.py), then the body and, when signed, the MAC   /
+    22-    H bytes of header (codec.py), then the body and, when signed, the MAC   /   lua/prelude.lua reads the
+           key's length, the note and the tags in it
 
 Head (bytes 0-16) and tail are joined by the script that takes the stamp. Only the tail is signed. The expiry stands in
 the value because a PTTL asked beside the value may be another value's: a key can expire and be filled in between.
 
-Message, on the channel: lines of UTF-8 joined by ``\n`` (keys hold no control characters)::
+Message, on the channel: lines of UTF-8 joined by ``\n`` (names hold no control characters)::
 
-    1 \n op \n stamp \n time [\n key]...
+    1 \n op \n stamp \n time [\n name]...
 
-    op      W written, D deleted (both: older copies of the keys are dead), F flush (everything older is dead)
+    op      what is dead if it is older than the stamp: W written, D deleted (the keys named), T (what carries one of
+            the tags named), P (keys that begin with the prefix named), F flush (everything)
     time    the server's clock when it announced, microseconds since 1970: for measuring lag, never for coherence
+
+Floors, in one Redis string; each line after the first is a prefix that was invalidated::
+
+    floor SP newest [\n stamp SP until SP prefix]...
+
+    floor   values stamped below it are dead
+    newest  stamp of the newest invalidation of any tag: a value not older than it needs no look at its tags
+    until   the server's clock, ms, when the line may go, because no older value is left; 0: not known yet
+
+Record of a tag, in a Redis string that lives longer than what carries the tag: ``stamp SP until``. What carries the tag
+and is older than the stamp is dead; where there is no record, what is older than *newest* is.
 
 An unknown version, an unknown op or anything undecodable is a gap, never an exception.
 """
@@ -61,19 +74,21 @@ def split_value(data: bytes) -> tuple[int, int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One announcement on the channel: everything older than ``stamp`` is dead, for the keys or for all."""
+    """One announcement on the channel: what is older than ``stamp`` is dead, of the keys, tags, prefixes or of all."""
 
     stamp: int
-    keys: tuple[str, ...]
-    is_flush: bool
+    keys: tuple[str, ...] = ()
+    is_flush: bool = False
     server_time: float = 0.0  # seconds since 1970 by the server's clock
+    tags: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
 
 
 def parse_message(data: bytes) -> Message | None:
     """Return the message, or None for anything that is not one of ours (never raises)."""
     try:
-        version, op, stamp_text, time_text, *keys = data.decode("utf-8").split("\n")
-        if version != str(MESSAGE_VERSION) or op not in {"W", "D", "F"}:
+        version, op, stamp_text, time_text, *names = data.decode("utf-8").split("\n")
+        if version != str(MESSAGE_VERSION) or op not in {"W", "D", "T", "P", "F"}:
             return None
         if not (stamp_text.isascii() and stamp_text.isdigit() and time_text.isascii() and time_text.isdigit()):
             return None
@@ -82,6 +97,23 @@ def parse_message(data: bytes) -> Message | None:
         stamp = int(stamp_text)
     except (UnicodeDecodeError, ValueError):
         return None
-    if not 0 < stamp <= MAX_STAMP or (op == "F") != (not keys):
+    if not 0 < stamp <= MAX_STAMP or (op == "F") != (not names):
         return None
-    return Message(stamp, tuple(keys), is_flush=op == "F", server_time=int(time_text) / 1e6)
+    return Message(
+        stamp,
+        keys=tuple(names) if op in {"W", "D"} else (),
+        is_flush=op == "F",
+        server_time=int(time_text) / 1e6,
+        tags=tuple(names) if op == "T" else (),
+        prefixes=tuple(names) if op == "P" else (),
+    )
+
+
+def parse_order(counter: object, floors: object) -> tuple[int, int]:
+    """Return the counter and the floor from their Redis strings; 0 for what is absent or garbage (never raises)."""
+    return _digits(counter), _digits(floors.split(b" ", 1)[0]) if isinstance(floors, bytes) else 0
+
+
+def _digits(text: object) -> int:
+    is_number = isinstance(text, bytes) and text.isdigit() and len(text) <= _MAX_DIGITS
+    return int(text) if is_number and isinstance(text, bytes) else 0

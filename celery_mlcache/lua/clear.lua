@@ -1,5 +1,6 @@
 -- Everything stamped below the floor is dead: O(1), whatever is stored. Returns the new floor.
 local stamp = next_stamp()
 announce('F', stamp)
-redis.call('SET', KEYS[2], digits(stamp))
+newest, prefixes = stamp, {}
+save_floors(stamp)
 return stamp

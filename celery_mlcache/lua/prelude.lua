@@ -1,12 +1,16 @@
--- Stands before every script. KEYS[1] counter, KEYS[2] floor, KEYS[3..] values;
--- ARGV[1] channel, ARGV[2] highest stamp the caller knows of, ARGV[3] milliseconds that a tombstone lives.
+-- Stands before every script. KEYS[1] counter, KEYS[2] floors, KEYS[3..] what the script is about;
+-- ARGV[1] channel, ARGV[2] highest stamp the caller knows of, ARGV[3] milliseconds that a tombstone lives,
+-- ARGV[4] what stands before a user's key in Redis, ARGV[5] what stands before a tag.
 -- Numbers are doubles: stamps stay below 2^53, and %.0f keeps them exact where tostring would not.
 local VERSION, TOMBSTONE, INTEGER = 1, 84, 73
 local KIND_AT = 18 -- of wire.py's offsets, counted from 1
+local KEY_AT = KIND_AT + 17 -- the key's length in the header: after kind, flags, serializer, H, CRC and time
 local MARGIN = 1000000
 local MAX_INTEGER = 9007199254740992 -- as wire.py's
 
 local top = 0 -- the counter before this script: no stamp above it is one of ours
+local newest = 0 -- the newest invalidation of any tag
+local prefixes = {} -- {stamp, until, prefix} of each prefix that was invalidated
 
 local function digits(n) return string.format('%.0f', n) end
 
@@ -21,6 +25,8 @@ end
 
 local function now_ms() return math.floor(now_us() / 1000) end
 
+local function after(milliseconds) return now_ms() + tonumber(milliseconds) end
+
 -- nil for what is absent or no string: a foreign type under one of our keys is overwritten, not an error.
 local function get(key)
   local data = redis.pcall('GET', key)
@@ -34,21 +40,39 @@ local function announce(op, stamp, names)
   redis.call('PUBLISH', ARGV[1], text)
 end
 
+local function save_floors(floor)
+  local text = digits(floor) .. ' ' .. digits(newest)
+  for _, p in ipairs(prefixes) do
+    text = text .. '\n' .. digits(p[1]) .. ' ' .. digits(p[2]) .. ' ' .. p[3]
+  end
+  redis.call('SET', KEYS[2], text)
+end
+
+-- Counter and floor as they are; nil where one is lost.
+local function known_order()
+  local counter = tonumber(get(KEYS[1]) or '')
+  local floor, rest
+  floor, newest, rest = string.match(get(KEYS[2]) or '', '^(%d+) (%d+)(.*)$')
+  floor, newest = tonumber(floor), tonumber(newest) or 0
+  for stamp, keep_until, prefix in string.gmatch(rest or '', '\n(%d+) (%d+) ([^\n]+)') do
+    local line = {tonumber(stamp), tonumber(keep_until), prefix}
+    if line[2] == 0 or line[2] > now_ms() then prefixes[#prefixes + 1] = line end -- else no older value is left
+  end
+  top = counter or 0
+  return counter, floor
+end
+
 -- Counter and floor. Where either is lost (eviction, FLUSHALL, restart) or the counter ran backward (a failover that
 -- lost writes), both start again above every stamp ever handed out, and everything stored before is dead.
 local function order()
-  local counter = tonumber(get(KEYS[1]) or '')
-  local floor = tonumber(get(KEYS[2]) or '')
+  local counter, floor = known_order()
   local seen = tonumber(ARGV[2])
-  if counter and floor and counter >= seen then
-    top = counter
-    return counter, floor
-  end
+  if counter and floor and counter >= seen then return counter, floor end
   local seed = math.max(now_us(), seen + MARGIN, (counter or 0) + MARGIN, (floor or 0) + MARGIN)
   announce('F', seed)
   redis.call('SET', KEYS[1], digits(seed))
-  redis.call('SET', KEYS[2], digits(seed))
-  top = seed
+  top, newest, prefixes = seed, seed, {}
+  save_floors(seed)
   return seed, seed
 end
 
@@ -57,27 +81,93 @@ local function next_stamp()
   return redis.call('INCR', KEYS[1]), floor
 end
 
-local function after(milliseconds) return now_ms() + tonumber(milliseconds) end
+-- Tags. The record of a tag is "stamp until"; one that is not there counts as invalidated when the newest of all was.
+local records = {} -- of this script's look-ups: {stamp, until}
+
+local function record_of(tag)
+  local found = records[tag]
+  if not found then
+    local stamp, keep_until = string.match(get(ARGV[5] .. tag) or '', '^(%d+) (%d+)$')
+    stamp, keep_until = tonumber(stamp), tonumber(keep_until)
+    if not stamp or stamp > top then stamp, keep_until = newest, 0 end
+    found = {stamp, keep_until}
+    records[tag] = found
+  end
+  return found
+end
+
+local function keep_record(tag, stamp, keep_until)
+  records[tag] = {stamp, keep_until}
+  redis.call('SET', ARGV[5] .. tag, digits(stamp) .. ' ' .. digits(keep_until), 'PXAT', digits(keep_until))
+end
+
+-- The record outlives what is stored now; with as much to spare, so that not every write has to prolong it.
+local function hold_records(tags, expires)
+  for _, tag in ipairs(tags) do
+    local record = record_of(tag)
+    if record[2] < expires then keep_record(tag, record[1], 2 * expires - now_ms()) end
+  end
+end
+
+local function parse_tags(data, kind_at)
+  local tags = {}
+  local _, at = struct.unpack('>I2c0', data, kind_at + 17) -- the key
+  _, at = struct.unpack('>I2c0', data, at) -- the codec's note
+  local count
+  count, at = struct.unpack('>I2', data, at)
+  for i = 1, count do tags[i], at = struct.unpack('>I2c0', data, at) end
+  return tags
+end
+
+-- The tags in a value's header; none in what is garbage, which no codec will read.
+local function tags_of(data, kind_at)
+  local is_parsed, tags = pcall(parse_tags, data, kind_at)
+  return is_parsed and tags or {}
+end
+
+-- When a value of this Redis key was last invalidated by its tags or by a prefix; 0: never.
+local function invalidated(name, tags)
+  local last = 0
+  for _, tag in ipairs(tags) do last = math.max(last, record_of(tag)[1]) end
+  for _, p in ipairs(prefixes) do
+    local whole = ARGV[4] .. p[3]
+    if p[1] > last and string.sub(name, 1, #whole) == whole then last = p[1] end
+  end
+  return last
+end
 
 local head, head_stamp, head_expires, until_text -- the same for all keys of a script, as a rule
-local function put(key, stamp, expires, tail, keep_until)
+local function put(name, stamp, expires, tail, keep_until)
   if stamp ~= head_stamp or expires ~= head_expires then
     head_stamp, head_expires, until_text = stamp, expires, digits(math.max(expires, keep_until or 0))
     head = string.char(VERSION) .. struct.pack('>I8I8', stamp, expires)
   end
-  redis.call('SET', key, head .. tail, 'PXAT', until_text)
+  redis.call('SET', name, head .. tail, 'PXAT', until_text)
 end
 
 -- A write under a new stamp. The key outlives a value of short life by what a tombstone lives: a loader that began
 -- before the write must not fill after it, though the value is gone by then.
-local function write(key, stamp, expires, tail) put(key, stamp, expires, tail, after(ARGV[3])) end
+local function write(name, stamp, expires, tail)
+  hold_records(tags_of(tail, 1), expires)
+  put(name, stamp, expires, tail, after(ARGV[3]))
+end
 
--- The live value (or nil), the stamp of whatever is there (0: nothing that counts), and its expiry.
-local function stored(key, floor)
-  local data = get(key)
-  if not data or #data < KIND_AT or data:byte(1) ~= VERSION then return nil, 0 end
+-- Of what is stored under a name (its first bytes will do, up to the tags): whether it is alive, the stamp since when
+-- (0: nothing that counts), and its expiry. What its tags or a prefix have killed counts as removed when they did.
+local function judge(name, data, floor)
+  if not data or #data < KIND_AT or data:byte(1) ~= VERSION then return false, 0 end
   local stamp, expires = struct.unpack('>I8I8', data, 2)
-  if stamp < floor or stamp > top then return nil, 0 end
-  if data:byte(KIND_AT) == TOMBSTONE or expires <= now_ms() then return nil, stamp end
-  return data, stamp, expires
+  if stamp < floor or stamp > top then return false, 0 end
+  if data:byte(KIND_AT) ~= TOMBSTONE and (stamp < newest or #prefixes > 0) then
+    local last = invalidated(name, stamp < newest and tags_of(data, KIND_AT) or {})
+    if last > stamp then return false, last end
+  end
+  return data:byte(KIND_AT) ~= TOMBSTONE and expires > now_ms(), stamp, expires
+end
+
+-- The live value (or nil), the stamp of whatever is there, and its expiry.
+local function stored(name, floor)
+  local data = get(name)
+  local is_alive, stamp, expires = judge(name, data, floor)
+  return is_alive and data or nil, stamp, expires
 end

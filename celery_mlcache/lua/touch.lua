@@ -1,8 +1,8 @@
--- ARGV[4] name, ARGV[5] milliseconds. A new stamp, so that copies with the old, longer life die. Returns it, or 0.
+-- ARGV[6] name, ARGV[7] milliseconds. A new stamp, so that copies with the old, longer life die. Returns it, or 0.
 local _, floor = order()
 local data = stored(KEYS[3], floor)
 if not data then return 0 end
 local stamp = redis.call('INCR', KEYS[1])
-announce('W', stamp, ARGV[4])
-write(KEYS[3], stamp, after(ARGV[5]), data:sub(KIND_AT))
+announce('W', stamp, ARGV[6])
+write(KEYS[3], stamp, after(ARGV[7]), data:sub(KIND_AT))
 return stamp

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -291,6 +292,44 @@ class TestLocal:
         assert not local.put("k", entry("late", stamp=9, epoch=0), 60.0)
         assert not local.put("k", entry("late", stamp=4, epoch=1), 60.0)
         assert local.peek("k").value == local.front_get("k").value == "held"
+
+    def test_void_tag(self, local):
+        """What carries the tag and is older is dead, in the front and behind it; nothing else is."""
+        for key, stamp, tags in (("old", 4, ("t", "u")), ("new", 5, ("t",)), ("other", 4, ("u",)), ("plain", 4, ())):
+            local.put(key, replace(entry(stamp=stamp), tags=tags), 60.0)
+        local.put("behind", replace(entry(stamp=4), tags=("t",)), 60.0)
+        local._front.pop("behind")
+        local.floors.raise_tags(("t",), 5)
+        local.void_tag("t", 5)
+
+        assert local.peek("old") is local.peek("behind") is local.promote("behind") is local.front_get("old") is None
+        assert all(local.front_get(key) is not None for key in ("new", "other", "plain"))
+        assert not local.put("late", replace(entry(stamp=4), tags=("t",)), 60.0)
+        assert local.put("late", replace(entry(stamp=5), tags=("t",)), 60.0)
+
+    def test_void_prefix(self, local):
+        """What begins with the prefix and is older is dead, in the front and behind it; nothing else is."""
+        for key, stamp in (("user:1", 4), ("user:2", 5), ("use", 4), ("user:3", 4)):
+            local.put(key, entry(stamp=stamp), 60.0)
+        local._front.pop("user:3")
+        local.floors.raise_prefix("user:", 5)
+        local.void_prefix("user:", 5)
+
+        assert local.peek("user:1") is local.promote("user:3") is local.front_get("user:1") is None
+        assert local.front_get("user:2") is not None
+        assert local.front_get("use") is not None
+
+    def test_tag_index_is_bounded(self, backend):
+        """Keys that come and go with tags that are never used again leave no trace, and none is missed."""
+        local = Local(backend, 40)
+        for number in range(2000):
+            local.put(f"k{number}", replace(entry(stamp=4), tags=(f"t{number}", "all")), 60.0)
+            local.discard(f"k{number}")
+            assert sum(map(len, local._tagged.values())) <= 8 * 20 + 2
+        local.put("kept", replace(entry(stamp=4), tags=("last",)), 60.0)
+        local.floors.raise_tags(("last",), 5)
+        local.void_tag("last", 5)
+        assert local.front_get("kept") is local.peek("kept") is None
 
     def test_floor(self, local):
         """What is below the floor is dead, what is at it lives, and a floor never falls."""

@@ -407,7 +407,7 @@ class TestLostData:
             a.set("k", ["old", number])
             wait_until(lambda number=number: b.get("k") == ["old", number] and hits_l1(b, "k"), 3)
             before = a.token()
-            names = {"counter": [NAMES.counter], "floor": [NAMES.floor], "both": [NAMES.counter, NAMES.floor]}
+            names = {"counter": [NAMES.counter], "floor": [NAMES.floors], "both": [NAMES.counter, NAMES.floors]}
             if key == "everything":
                 redis_server.flushall()
             else:

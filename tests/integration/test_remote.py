@@ -85,6 +85,8 @@ def use_everything(cache: CacheManager) -> list[float]:
         lambda: cache.refresh("k", lambda: 1),
         lambda: cache.delete("k"),
         lambda: cache.delete_many(["a", "b"]),
+        lambda: cache.invalidate_tags("t", "u"),
+        lambda: cache.invalidate_prefix("a"),
         cache.clear,
         cache.ping,
         cache.stats,

@@ -28,9 +28,10 @@ from tests.support.scripted import (
 )
 
 KEY = "k"
+TAG = "t"  # every value carries it, but a new counter
 FIRST = 1  # what the key holds where it is warm
 FOREIGN = 2  # what another process has written, whose message is on its way
-FOREIGN_TAIL = CODEC.encode(KEY, FOREIGN)
+FOREIGN_TAIL = CODEC.encode(KEY, FOREIGN, tags=(TAG,))
 WRITTEN = 1000  # + number of the writer
 LOADED = 100_000  # + version of the source
 STEP = 10_000_000  # of a counter: values stay distinct
@@ -63,7 +64,7 @@ class World:
 
     def warm(self) -> None:
         """Both processes hold the value in L1."""
-        self.fleet[0].cache.set(KEY, FIRST)
+        self.fleet[0].cache.set(KEY, FIRST, tags=[TAG])
         self.settle()
         assert [process.cache.get(KEY) for process in self.fleet] == [FIRST, FIRST]
 
@@ -91,6 +92,20 @@ class World:
     def foreign_delete(self) -> None:
         self.source += 1
         self.server.delete([KEY], 0)
+
+    def untagged(self) -> None:
+        """A third process has invalidated its tag; its message is on its way to both."""
+        self.warm()
+        self.foreign_untag()
+
+    def foreign_untag(self) -> None:
+        self.source += 1
+        self.server.invalidate_tags([TAG], 0)
+
+    def lost_record(self) -> None:
+        """As before, and the tag's record is evicted."""
+        self.untagged()
+        self.server.lose_record(TAG)
 
     def settle(self) -> None:
         for process in self.fleet:
@@ -147,14 +162,16 @@ class Operation:
     def _body(self) -> Any:
         world, cache = self.world, self.cache
         before = world.fleet[self.process].l1(KEY)
-        if self.kind in {"set", "delete", "clear"}:
+        if self.kind in {"set", "delete", "clear", "untag", "prefix"}:
             world.source += 1  # the truth changes first, then the cache is told
         result = {
             "get": lambda: cache.get(KEY, MISS),
             "exists": lambda: cache.exists(KEY),
-            "get_or_set": lambda: cache.get_or_set(KEY, load(lambda: LOADED + world.source)),
-            "refresh": lambda: cache.refresh(KEY, load(lambda: LOADED + world.source)),
-            "set": lambda: cache.set(KEY, WRITTEN + self.number),
+            "get_or_set": lambda: cache.get_or_set(KEY, load(lambda: LOADED + world.source), tags=[TAG]),
+            "refresh": lambda: cache.refresh(KEY, load(lambda: LOADED + world.source), tags=[TAG]),
+            "set": lambda: cache.set(KEY, WRITTEN + self.number, tags=[TAG]),
+            "untag": lambda: cache.invalidate_tags(TAG),
+            "prefix": lambda: cache.invalidate_prefix(KEY),
             "delete": lambda: cache.delete(KEY),
             "incr": lambda: cache.incr(KEY, STEP),
             "clear": cache.clear,
@@ -167,9 +184,9 @@ class Operation:
 
     def _learn(self, op: str, reply: Any, result: Any) -> None:
         learn = self.world.learn
-        if op in {"write", "clear"}:
+        if op in {"write", "clear", "invalidate"}:
             learn(self.process, reply)
-        elif op in {"delete", "increment"}:
+        elif op in {"delete", "increment", "prefix"}:
             learn(self.process, reply[0])
         elif op == "replace":
             learn(self.process, reply)
@@ -213,7 +230,7 @@ def deliver(world: World, number: int) -> None:
     item = world.fleet[number].backplane.deliver()
     if not isinstance(item, Answer):
         message = parse_message(item)
-        if message.is_flush or KEY in message.keys:
+        if message.is_flush or KEY in message.keys or message.tags or message.prefixes:
             world.learn(number, message.stamp)
 
 
@@ -231,7 +248,7 @@ class Case(NamedTuple):
         return " ".join(filter(None, ["+".join(self.kinds), where, self.state, self.event]))
 
 
-SHORT = ("get", "exists", "set", "delete", "incr", "clear")
+SHORT = ("get", "exists", "set", "delete", "incr", "clear", "untag")
 READS = ("get", "exists")
 
 
@@ -240,15 +257,21 @@ def cases() -> list[Case]:
     found = []
     for places in ((0, 0), (0, 1)):
         for kinds in combinations_with_replacement(SHORT, 2):
-            found += [Case(kinds, places, state) for state in ("cold", "warm", "overwritten", "lapsed")]
+            states = ("cold", "warm", "overwritten", "lapsed")
+            if set(kinds) == {"incr", "untag"}:
+                states = states[1:]  # a new counter carries no tag
+            found += [Case(kinds, places, state) for state in states]
         for kind in SHORT:
             found += [Case(("get_or_set", kind), places, state) for state in ("cold", "deleted", "lapsed")]
             found += [Case(("refresh", kind), places, state) for state in ("cold", "warm")]
+            found += [Case(("get_or_set", kind), places, state) for state in ("untagged", "lost_record")]
+        for kind in (*READS, "set", "get_or_set"):
+            found += [Case((kind, "prefix"), places, state) for state in ("cold", "warm")]
         found += [Case(("get_or_set", "get_or_set"), places, state) for state in ("cold", "lapsed")]
         found += [Case(("get_or_set", "refresh"), places, "cold", 0), Case(("refresh", "refresh"), places, "warm", 0)]
     for kinds in combinations_with_replacement(SHORT, 2):
         if set(kinds) & set(READS):
-            found += [Case(kinds, (0, 0), "stored", event="foreign_delete")]
+            found += [Case(kinds, (0, 0), "stored", event=event) for event in ("foreign_delete", "foreign_untag")]
     return found
 
 

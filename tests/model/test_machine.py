@@ -12,10 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from celery_mlcache import singleflight
 from celery_mlcache.entry import MISS
 from celery_mlcache.wire import pack_head, parse_message
-from tests.support.scripted import CODEC, DELTA, EPOCH, GREEN_THREADING, Actor, Answer, load, make_fleet
+from tests.support.scripted import CODEC, DELTA, EPOCH, GREEN_THREADING, Actor, Answer, load, make_fleet, tags_of
 
 PROCESSES = 2
 KEYS = ("x", "y")
+TAGGED = {"x": ("t",), "y": ("t", "u")}  # what is stored carries these, but new counters
 LOADED = 1_000_000  # + version of the source
 STEP = 1_000_000_000  # of a counter: values stay distinct
 # A lost counter starts again from the server's clock or a margin of 1 s above what its finder knows; two losses within
@@ -44,16 +45,18 @@ class Running:
         process = machine.fleet[self.process]
         cache = process.cache
         before = process.l1(key)
-        if self.kind in {"set", "delete", "clear"}:
+        if self.kind in {"set", "delete", "clear", "untag", "prefix"}:
             machine.version += 1  # the truth changes first, then the cache is told
             self.version = machine.version
         loader = load(lambda: LOADED + machine.version)
         result = {
             "get": lambda: cache.get(key, MISS),
             "get_many": lambda: cache.get_many(KEYS),
-            "get_or_set": lambda: cache.get_or_set(key, loader, self.ttl),
-            "refresh": lambda: cache.refresh(key, loader, self.ttl),
-            "set": lambda: cache.set(key, self.version, self.ttl),
+            "get_or_set": lambda: cache.get_or_set(key, loader, self.ttl, tags=TAGGED[key]),
+            "refresh": lambda: cache.refresh(key, loader, self.ttl, tags=TAGGED[key]),
+            "set": lambda: cache.set(key, self.version, self.ttl, tags=TAGGED[key]),
+            "untag": lambda: cache.invalidate_tags(TAGGED[key][-1]),
+            "prefix": lambda: cache.invalidate_prefix(key),
             "delete": lambda: cache.delete(key),
             "incr": lambda: cache.incr(key, STEP, ttl=self.ttl),
             "touch": lambda: cache.touch(key, 50.0),
@@ -71,6 +74,10 @@ class Running:
         if op == "clear":
             for each in KEYS:
                 learn(process, each, reply)
+        elif op == "invalidate":
+            self.machine.learn_tag(process, TAGGED[key][-1], reply)
+        elif op == "prefix":
+            learn(process, key, reply[0])
         elif op in {"write", "replace", "touch"}:
             learn(process, key, reply)
         elif op in {"delete", "increment"}:
@@ -82,15 +89,17 @@ class Running:
 
     def step(self) -> None:
         at = self.actor.step()
-        if at in {"reply write", "reply delete", "reply clear"}:
-            for key in KEYS if at == "reply clear" else (self.key,):
+        if at in {"reply write", "reply delete", "reply clear", "reply invalidate", "reply prefix"}:
+            tag = TAGGED[self.key][-1]
+            touched = {"reply clear": KEYS, "reply invalidate": [key for key in KEYS if tag in TAGGED[key]]}
+            for key in touched.get(at, [self.key]):
                 self.machine.required[key] = max(self.machine.required[key], self.version)
         assert self.actor.error is None, f"{self.actor.name} raised {self.actor.error!r}"
 
 
 KINDS = [
     *["get", "get", "get", "get_many", "get_or_set", "get_or_set", "get_or_set", "refresh"],
-    *["set", "set", "delete", "delete", "incr", "touch", "clear", "clear"],
+    *["set", "set", "delete", "delete", "incr", "touch", "clear", "untag", "untag", "untag", "prefix"],
 ]
 FAULTS = [
     *["lose", "repeat", "garbage", "lost reply", "down", "up", "up", "cut", "silent cut", "reconnect", "reconnect"],
@@ -109,6 +118,7 @@ class Fleet(RuleBasedStateMachine):
         self.version = 0
         self.running: list[Running] = []
         self.known = [dict.fromkeys(KEYS, 0) for _ in range(PROCESSES)]
+        self.known_tags = [dict.fromkeys("tu", 0) for _ in range(PROCESSES)]
         self.required = dict.fromkeys(KEYS, 0)  # a loader's result may not be older than this version
         self.truth: dict[str, Any] = dict.fromkeys(KEYS)  # what L2 held after the last step
         self.dead_at: dict[tuple[str, Any], float] = {}
@@ -118,6 +128,14 @@ class Fleet(RuleBasedStateMachine):
     def learn(self, process, key, stamp):
         """Nothing older than *stamp* may be seen by *process* from now on."""
         self.known[process][key] = max(self.known[process][key], stamp)
+
+    def learn_tag(self, process, tag, stamp):
+        """Nothing older than *stamp* that carries the tag may be seen by *process* from now on."""
+        self.known_tags[process][tag] = max(self.known_tags[process][tag], stamp)
+
+    def least(self, process, key, tags):
+        """Return the oldest stamp that *process* may be shown of a key that carries *tags*."""
+        return max([self.known[process][key], *[self.known_tags[process][tag] for tag in tags]])
 
     # ---- operations -----------------------------------------------------------------------------------------
 
@@ -161,6 +179,8 @@ class Fleet(RuleBasedStateMachine):
         self.fleet[process].cache.barrier(self.fleet[other].cache.token())
         for key in KEYS:
             self.learn(process, key, self.known[other][key])
+        for tag, stamp in self.known_tags[other].items():
+            self.learn_tag(process, tag, stamp)
 
     # ---- the backplane --------------------------------------------------------------------------------------
 
@@ -176,8 +196,10 @@ class Fleet(RuleBasedStateMachine):
         """An invalidation that was applied counts: what it killed may not come back."""
         message = None if isinstance(item, Answer) else parse_message(item)
         if message is not None:
-            for key in KEYS if message.is_flush else message.keys:
+            for key in KEYS if message.is_flush else (*message.keys, *message.prefixes):
                 self.learn(process, key, message.stamp)
+            for tag in message.tags:
+                self.learn_tag(process, tag, message.stamp)
 
     @rule(process=PROCESS)
     def ask(self, process):
@@ -259,6 +281,8 @@ class Fleet(RuleBasedStateMachine):
             process.backplane.die()
         for known in self.known:
             known.update(dict.fromkeys(KEYS, 0))
+        for known in self.known_tags:
+            known.update(dict.fromkeys("tu", 0))
         self.required = dict.fromkeys(KEYS, 0)
         for running in self.running:
             running.is_outlived = True
@@ -276,7 +300,9 @@ class Fleet(RuleBasedStateMachine):
             if stored is not None and value % STEP >= LOADED:
                 assert value % STEP - LOADED >= self.required[key], "an older result was stored over an invalidation"
             for number, process in enumerate(self.fleet):
-                known, entry = self.known[number][key], process.l1(key)
+                entry = process.l1(key)
+                tags = entry.tags if entry is not None else tags_of(stored.tail) if stored is not None else ()
+                known = self.least(number, key, tags)
                 if entry is None:
                     assert stored is None or stored.stamp >= known, f"L2 goes back for process {number}"
                     continue

@@ -22,13 +22,15 @@ from celery_mlcache.wire import HEAD_SIZE, parse_message, split_value
 from tests.support.scripted import CODEC, Clock, ScriptedRemote, Server
 
 KEYS = ("a", "b", "ключ")
+TAGS = ((), (), ("t",), ("u", "тег"), ("t", "u"))
+PREFIXES = ("a", "к", "b", "bo")
 LIVES = (60.0, 3600.0)
 
 
 @cache
-def tail_of(key, value):
+def tail_of(key, value, tags=()):
     """Return the same bytes for both stores: a tail says when it was made."""
-    return CODEC.encode(key, value)
+    return CODEC.encode(key, value, tags=tags)
 
 
 class Open:
@@ -71,10 +73,10 @@ class Relative:
         winner = None if found.winner is None else self.snapshot(found.winner)
         return found.is_stored, found.refused, winner
 
-    def do(self, op, key, number, token, ttl):  # noqa: PLR0911 - one for each operation
+    def do(self, op, key, number, token, ttl, tags=()):  # noqa: PLR0911, PLR0917 - one for each operation
         """Run one operation and return what came of it."""
         remote, seen = self.remote, self.base
-        tail = tail_of(key, number)
+        tail = tail_of(key, number, tags)
         try:
             match op:
                 case "read":
@@ -82,14 +84,15 @@ class Relative:
                 case "write":
                     return self.rel(remote.write([(key, tail, ttl), ("both", tail, ttl)], seen=seen))
                 case "write text":
-                    return self.rel(remote.write([(key, tail_of(key, "text"), ttl)], seen=seen))
+                    return self.rel(remote.write([(key, tail_of(key, "text", tags), ttl)], seen=seen))
                 case "add":
                     return self.rel(remote.add(key, tail, ttl, seen=seen))
                 case "replace":
                     found = remote.read([key], seen=seen)[0]
                     expected = found.stamp + (number % 3 == 0)
                     life = None if number % 2 and found.data is not None else ttl
-                    return self.rel(remote.replace(key, tail, expected=expected, ttl=life, seen=seen))
+                    fence = self.base + token if number % 5 == 0 else None
+                    return self.rel(remote.replace(key, tail, expected=expected, ttl=life, seen=seen, fence=fence))
                 case "delete":
                     stamp, removed = remote.delete([key, "both"], seen=seen)
                     return self.rel(stamp), removed
@@ -98,18 +101,28 @@ class Relative:
                         self.filled(found) for found in remote.fill([(key, tail, ttl, Fence(self.base + token, 1e11))])
                     ]
                 case "increment":
-                    stamp, total, life = remote.increment(key, number, initial=(number, tail, ttl), seen=seen)
-                    return self.rel(stamp), total, round(life / 30)
+                    stamp, total, life, kept = remote.increment(key, number, initial=(number, tail, ttl), seen=seen)
+                    return self.rel(stamp), total, round(life / 30), kept
                 case "touch":
                     return self.rel(remote.touch(key, ttl, seen=seen))
                 case "clear":
                     return self.rel(remote.clear(seen=seen))
+                case "invalidate":
+                    return self.rel(remote.invalidate_tags(tags or ("other",), seen=seen))
+                case "prefix":
+                    stamp, unswept = remote.invalidate_prefix(PREFIXES[number % len(PREFIXES)], seen=seen)
+                    return self.rel(stamp), sorted(unswept)
+                case "sweep":
+                    return remote.sweep(PREFIXES[number % len(PREFIXES)], self.base + token, seen=seen)
         except NotAnIntegerError:
             return "not an integer"
         raise AssertionError(op)
 
 
-OPERATIONS = ["read", "write", "write text", "add", "replace", "delete", "fill", "fill", "increment", "touch", "clear"]
+OPERATIONS = [
+    *["read", "read", "write", "write", "write text", "add", "replace", "delete", "fill", "fill", "fill", "increment"],
+    *["touch", "clear", "invalidate", "invalidate", "prefix", "sweep"],
+]
 
 
 @pytest.fixture
@@ -154,7 +167,10 @@ def test_the_script_does_what_the_lua_does(pair, client, seed):
         listener.subscribe(names.channel)
         listener.get_message(timeout=5)
         for number in range(1, 250):
-            step = (rng.choice(OPERATIONS), rng.choice(KEYS), number, rng.randint(-3, number), rng.choice(LIVES))
+            step = (
+                *(rng.choice(OPERATIONS), rng.choice(KEYS), number),
+                *(rng.randint(-3, number), rng.choice(LIVES), rng.choice(TAGS)),
+            )
             outcomes = [store.do(*step) for store in both]
             assert outcomes[0] == outcomes[1], step
         heard = [heard_by(both[0], item) for item in itertools.islice(messages(listener), len(server.announced))]
@@ -163,7 +179,10 @@ def test_the_script_does_what_the_lua_does(pair, client, seed):
 
 @pytest.mark.redis
 @pytest.mark.parametrize("loss", ["counter", "floor", "both", "behind"])
-@pytest.mark.parametrize("op", ["read", "write", "delete", "increment", "touch", "clear", "fill", "add"])
+@pytest.mark.parametrize(
+    "op",
+    ["read", "write", "delete", "increment", "touch", "clear", "fill", "add", "invalidate", "prefix", "sweep"],
+)
 def test_the_script_loses_its_counter_as_the_lua_does(pair, client, loss, op):
     """A lost or outrun counter is seeded anew, its old values are dead, and a fill never seeds."""
     names, server, both = pair
@@ -173,10 +192,10 @@ def test_the_script_loses_its_counter_as_the_lua_does(pair, client, loss, op):
         for store in both:
             store.base += 500  # the caller knows of stamps that this server has never handed out
     else:
-        gone = {"counter": [names.counter], "floor": [names.floor], "both": [names.counter, names.floor]}[loss]
+        gone = {"counter": [names.counter], "floor": [names.floors], "both": [names.counter, names.floors]}[loss]
         client.delete(*gone)
         server.counter = None if names.counter in gone else server.counter
-        server.floor = None if names.floor in gone else server.floor
+        server.floor = None if names.floors in gone else server.floor
     answers = [store.do(op, "a", 2, 0, 60.0) for store in both]
     if op == "fill":
         assert answers[0] == answers[1] == [(False, "fence", None)]
@@ -202,4 +221,4 @@ def heard_by(store, data):
     """Return an announcement as both stores would make it."""
     message = parse_message(data)
     assert message is not None
-    return store.rel(message.stamp), message.keys, message.is_flush
+    return store.rel(message.stamp), message.keys, message.tags, message.prefixes, message.is_flush

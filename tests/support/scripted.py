@@ -11,6 +11,7 @@ a queue of messages and heartbeat answers in the order of execution, exactly as 
 from __future__ import annotations
 
 import copy
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -63,6 +64,15 @@ class Stored:
     until_ms: int  # when Redis forgets it
 
 
+@dataclass
+class Line:
+    """A prefix among the floors."""
+
+    stamp: int
+    until_ms: int | None
+    prefix: str
+
+
 class Server:
     """What Redis holds for one namespace, and what each Lua script does to it; one method a script."""
 
@@ -70,6 +80,9 @@ class Server:
         self.clock = clock
         self.counter: int | None = None
         self.floor: int | None = None
+        self.newest = 0
+        self.prefixes: list[Line] = []
+        self.records: dict[str, tuple[int, int]] = {}  # tag: stamp, until (ms)
         self.values: dict[str, Stored] = {}
         self.feeds: list[deque[Any]] = []
         self.announced: list[bytes] = []
@@ -80,22 +93,26 @@ class Server:
     def flushall(self) -> None:
         """Lose everything, without a word to anybody."""
         self.counter = self.floor = None
+        self.newest = 0
+        self.prefixes.clear()
+        self.records.clear()
         self.values.clear()
 
     def save(self) -> Any:
         """Return what a lagging replica would have."""
-        return copy.deepcopy((self.counter, self.floor, self.values))
+        return copy.deepcopy((self.counter, self.floor, self.newest, self.prefixes, self.records, self.values))
 
     def restore(self, saved: Any) -> None:
         """Fail over to that replica."""
-        self.counter, self.floor, self.values = copy.deepcopy(saved)
+        self.counter, self.floor, self.newest, self.prefixes, self.records, self.values = copy.deepcopy(saved)
 
     def live(self, key: str) -> Stored | None:
         """Return what a read would find, or None."""
-        found = self._present(key)
-        if found is None or self._is_dead(found) or self.floor is None or found.stamp < self.floor:
-            return None
-        return found
+        return None if self.floor is None else self._stored(key, self.floor)[0]
+
+    def lose_record(self, tag: str) -> None:
+        """Evict a tag's record."""
+        self.records.pop(tag, None)
 
     # ---- the prelude ----------------------------------------------------------------------------------------
 
@@ -106,7 +123,8 @@ class Server:
         if self.counter and self.floor and self.counter >= seen:
             return self.counter, self.floor
         seed = max(self.now_us(), seen + MARGIN, (self.counter or 0) + MARGIN, (self.floor or 0) + MARGIN)
-        self.counter = self.floor = seed
+        self.counter = self.floor = self.newest = seed
+        self.prefixes.clear()
         self._announce("F", seed)
         return seed, seed
 
@@ -137,6 +155,7 @@ class Server:
         self.writes.append((stamp, key, None if tail == GRAVE else tail))
 
     def _write(self, key: str, stamp: int, expires_ms: int, tail: bytes) -> None:
+        self._hold_records(tags_of(tail), expires_ms)
         self._put(key, stamp, expires_ms, tail, self._after(milliseconds(TOMBSTONE_TTL)))
 
     def _is_dead(self, found: Stored) -> bool:
@@ -146,7 +165,29 @@ class Server:
         found = self._present(key)
         if found is None or found.stamp < floor:
             return None, 0
+        last = 0 if found.tail == GRAVE else self._invalidated(key, tags_of(found.tail))
+        if last > found.stamp:
+            return None, last
         return (None if self._is_dead(found) else found), found.stamp
+
+    def _record_of(self, tag: str) -> tuple[int, int]:
+        found = self.records.get(tag)
+        if found is None or found[1] < self.now_us() // 1000:
+            return self.newest, 0
+        return found
+
+    def _hold_records(self, tags: Sequence[str], expires_ms: int) -> None:
+        for tag in tags:
+            stamp, until = self._record_of(tag)
+            if until < expires_ms:
+                self.records[tag] = stamp, 2 * expires_ms - self.now_us() // 1000
+
+    def _invalidated(self, key: str, tags: Sequence[str]) -> int:
+        lines = [line.stamp for line in self.prefixes if self._stands(line) and key.startswith(line.prefix)]
+        return max([0, *lines, *[self._record_of(tag)[0] for tag in tags]])
+
+    def _stands(self, line: Line) -> bool:
+        return line.until_ms is None or line.until_ms > self.now_us() // 1000
 
     def _snapshot(self, key: str, counter: int, floor: int) -> Snapshot:
         found, stamp = self._stored(key, floor)
@@ -159,11 +200,9 @@ class Server:
 
     # ---- the scripts ----------------------------------------------------------------------------------------
 
-    def read(self, keys: Sequence[str], seen: int) -> list[Snapshot] | None:
-        """None: counter or floor is lost, or behind."""
-        if not (self.counter and self.floor and self.counter >= seen):
-            return None
-        return [self._snapshot(key, self.counter, self.floor) for key in keys]
+    def read(self, keys: Sequence[str], seen: int) -> list[Snapshot]:
+        counter, floor = self.order(seen)
+        return [self._snapshot(key, counter, floor) for key in keys]
 
     def write(self, items: Sequence[tuple[str, bytes, int]], seen: int) -> int:
         stamp, _ = self._next_stamp(seen)
@@ -172,10 +211,14 @@ class Server:
         self._announce("W", stamp, *[key for key, _, _ in items])
         return stamp
 
-    def replace(self, key: str, tail: bytes, expected: int | None, ms: int | None, seen: int) -> int | None:
+    def replace(
+        self, key: str, tail: bytes, expected: int | None, ms: int | None, seen: int, *, fence: int | None = None
+    ) -> int | None:
         _, floor = self.order(seen)
         found, stamp = self._stored(key, floor)
         if (found is not None) if expected is None else (stamp != expected):
+            return None
+        if fence is not None and self._invalidated(key, tags_of(tail)) > fence:
             return None
         if ms is None and found is None:
             return None
@@ -207,12 +250,17 @@ class Server:
                     winner = self._snapshot(key, self.counter, self.floor)
                     answer = Filled(is_stored=False, winner=winner, refused="winner")
                 elif stamp <= token:
-                    self._put(key, token, self._after(ms), tail)
-                    answer = Filled(is_stored=True, winner=None)
+                    is_valid = self._invalidated(key, tags_of(tail)) <= token
+                    self._hold_records(tags_of(tail), self._after(ms))
+                    if is_valid:
+                        self._put(key, token, self._after(ms), tail)
+                        answer = Filled(is_stored=True, winner=None)
             outcome.append(answer)
         return outcome
 
-    def increment(self, key: str, delta: int, initial: tuple[int, bytes, int], seen: int) -> tuple[int, int, float]:
+    def increment(
+        self, key: str, delta: int, initial: tuple[int, bytes, int], seen: int
+    ) -> tuple[int, int, float, tuple[str, ...]]:
         _, floor = self.order(seen)
         found, _ = self._stored(key, floor)
         number, tail, ms = initial
@@ -229,7 +277,7 @@ class Server:
         stamp, _ = self._next_stamp(seen)
         self._write(key, stamp, expires, tail)
         self._announce("W", stamp, key)
-        return stamp, number, max(0, round(expires - self.now_us() / 1000)) / 1000
+        return stamp, number, max(0, round(expires - self.now_us() / 1000)) / 1000, tags_of(tail)
 
     def touch(self, key: str, ms: int, seen: int) -> int | None:
         _, floor = self.order(seen)
@@ -243,8 +291,55 @@ class Server:
 
     def clear(self, seen: int) -> int:
         self.floor, _ = self._next_stamp(seen)
+        self.newest = self.floor
+        self.prefixes.clear()
         self._announce("F", self.floor)
         return self.floor
+
+    def invalidate_tags(self, tags: Sequence[str], seen: int) -> int:
+        stamp, _ = self._next_stamp(seen)
+        for tag in tags:
+            self.records[tag] = stamp, max(self._record_of(tag)[1], self._after(milliseconds(TOMBSTONE_TTL)))
+        self.newest = stamp
+        self._announce("T", stamp, *tags)
+        return stamp
+
+    def invalidate_prefix(self, prefix: str, seen: int) -> tuple[int, list[str]]:
+        stamp, _ = self._next_stamp(seen)
+        self.prefixes = [line for line in self.prefixes if self._stands(line) and not line.prefix.startswith(prefix)]
+        unswept = [line.prefix for line in self.prefixes if line.until_ms is None]
+        self.prefixes.append(Line(stamp, None, prefix))
+        self._announce("P", stamp, prefix)
+        return stamp, [prefix, *unswept]
+
+    def sweep(self, prefix: str, stamp: int, seen: int) -> int:
+        _, floor = self.order(seen)
+        freed = 0
+        for key in [key for key in self.values if key.startswith(prefix) and self._present(key) is not None]:
+            if self.values[key].stamp < max(floor, self._invalidated(key, ())):
+                del self.values[key]
+                freed += 1
+        for line in self.prefixes:
+            if line.until_ms is None and line.stamp <= stamp and line.prefix.startswith(prefix):
+                line.until_ms = self._after(milliseconds(TOMBSTONE_TTL))
+        return freed
+
+
+def tags_of(tail: bytes) -> tuple[str, ...]:
+    """Return the tags that stand in a tail; none in what is no codec's."""
+    try:
+        at, found = 17, []
+        for _ in range(2):  # the key and the note
+            at += 2 + int.from_bytes(tail[at : at + 2])
+        (count,) = struct.unpack_from(">H", tail, at)
+        at += 2
+        for _ in range(count):
+            (size,) = struct.unpack_from(">H", tail, at)
+            found.append(tail[at + 2 : at + 2 + size].decode())
+            at += 2 + size
+    except struct.error:
+        return ()
+    return tuple(found)
 
 
 def milliseconds(seconds: float) -> int:
@@ -282,11 +377,7 @@ class ScriptedRemote:
         return result
 
     def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
-        found = self._call("read", lambda: self.server.read(keys, seen))
-        if found is None:
-            counter, floor = self._call("seed", lambda: self.server.order(seen))
-            return [Snapshot(None, 0, counter, floor, None, self.server.now_us() / 1e6) for _ in keys]
-        return list(found)
+        return list(self._call("read", lambda: self.server.read(keys, seen)))
 
     def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
         lot = [(key, tail, milliseconds(ttl)) for key, tail, ttl in items]
@@ -295,9 +386,11 @@ class ScriptedRemote:
     def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
         return self._call("add", lambda: self.server.replace(key, tail, None, milliseconds(ttl), seen))
 
-    def replace(self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int) -> int | None:
+    def replace(
+        self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int, fence: int | None = None
+    ) -> int | None:
         ms = None if ttl is None else milliseconds(ttl)
-        return self._call("replace", lambda: self.server.replace(key, tail, expected, ms, seen))
+        return self._call("replace", lambda: self.server.replace(key, tail, expected, ms, seen, fence=fence))
 
     def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
         return self._call("delete", lambda: self.server.delete(keys, seen))
@@ -308,7 +401,7 @@ class ScriptedRemote:
 
     def increment(
         self, key: str, delta: int, *, initial: tuple[int, bytes, float], seen: int
-    ) -> tuple[int, int, float]:
+    ) -> tuple[int, int, float, tuple[str, ...]]:
         number, tail, ttl = initial
         first = (number, tail, milliseconds(ttl))
         return self._call("increment", lambda: self.server.increment(key, delta, first, seen))
@@ -318,6 +411,15 @@ class ScriptedRemote:
 
     def clear(self, *, seen: int) -> int:
         return int(self._call("clear", lambda: self.server.clear(seen)))
+
+    def invalidate_tags(self, tags: Sequence[str], *, seen: int) -> int:
+        return int(self._call("invalidate", lambda: self.server.invalidate_tags(tags, seen)))
+
+    def invalidate_prefix(self, prefix: str, *, seen: int) -> tuple[int, list[str]]:
+        return self._call("prefix", lambda: self.server.invalidate_prefix(prefix, seen))
+
+    def sweep(self, prefix: str, stamp: int, *, seen: int) -> int:
+        return int(self._call("sweep", lambda: self.server.sweep(prefix, stamp, seen)))
 
     def ping(self) -> float:
         self._call("ping", lambda: None)

@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from celery_mlcache.coherence import Act, Coherence
+from celery_mlcache.coherence import Act, Coherence, Departure
 from celery_mlcache.protocols import Pulse
 from celery_mlcache.wire import MAX_STAMP, Message
 
@@ -36,6 +36,16 @@ def wrote(stamp, *keys):
 def flushed(stamp):
     """Return the message of a clear or a seed."""
     return Message(stamp, (), is_flush=True)
+
+
+def tagged(stamp, *tags):
+    """Return the message of an invalidation of tags."""
+    return Message(stamp, tags=tags)
+
+
+def departure(coherence, *, token=START, tags=("tag",)):
+    """Return what a flight for "k" has seen that read its miss at *token*."""
+    return Departure(coherence.open("k"), coherence.floors.newest, coherence.required, token, tags)
 
 
 # ---- tickets ----------------------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def test_own_flush_counts_as_seen():
     coherence = make()
     coherence.flushed(START + 5)
     coherence.flushed(START + 3)
-    assert (coherence.floor, coherence.seen, coherence.highest) == (START + 5,) * 3
+    assert (coherence.floors.everything, coherence.seen, coherence.highest) == (START + 5,) * 3
 
 
 # ---- flights ----------------------------------------------------------------------------------------------------
@@ -171,16 +181,16 @@ def test_own_flush_counts_as_seen():
 def test_a_clean_flight_is_current():
     """A newcomer may share what nothing has passed."""
     coherence = make()
-    assert coherence.is_current(coherence.open("k"), START, 0, 0.0)
+    assert coherence.is_current(departure(coherence), 0.0)
 
 
 def test_a_flight_that_has_not_read_is_current_while_clean():
     """Before its read a flight is as young as its newcomers."""
     coherence = make()
-    ticket = coherence.open("k")
-    assert coherence.is_current(ticket, 0, 0, 0.0)
+    flight = departure(coherence, token=0)
+    assert coherence.is_current(flight, 0.0)
     coherence.observe(wrote(START + 1, "k"))
-    assert not coherence.is_current(ticket, 0, 0, 0.0)
+    assert not coherence.is_current(flight, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -191,15 +201,87 @@ def test_a_flight_that_has_not_read_is_current_while_clean():
         lambda c: c.flushed(START + 1),
         lambda c: c.void(),
         lambda c: c.barrier(START + 1, 0.0),
+        lambda c: c.observe(Message(START + 1, tags=("other", "tag"))),
+        lambda c: c.invalidated(("tag",), (), START + 1),
+        lambda c: c.observe(Message(START + 1, prefixes=("k",))),
+        lambda c: c.invalidated((), ("k",), START + 1),
     ],
-    ids=["message", "flush heard", "own flush", "void", "barrier"],
+    ids=[
+        *["message", "flush heard", "own flush", "void", "barrier"],
+        *["tag heard", "own tag", "prefix heard", "own prefix"],
+    ],
 )
 def test_a_flight_is_not_current_after(happen):
     """A newcomer after an invalidation, a flush, a gap or a barrier does not share an older read."""
     coherence = make()
-    ticket = coherence.open("k")
+    flight = departure(coherence)
     happen(coherence)
-    assert not coherence.is_current(ticket, START, 0, 0.0)
+    assert not coherence.is_current(flight, 0.0)
+
+
+def test_a_flight_that_has_not_read_is_not_current_after_any_tag():
+    """It may be reading a value that carries the tag; once it has read, only its own tags count."""
+    coherence = make()
+    unread, read = departure(coherence, token=0, tags=()), departure(coherence)
+    coherence.observe(tagged(START + 1, "other"))
+    assert not coherence.is_current(unread, 0.0)
+    assert coherence.is_current(read, 0.0)
+
+
+# ---- tags and prefixes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("happen", [lambda c, s: c.observe(tagged(s, "t")), lambda c, s: c.invalidated(("t",), (), s)])
+def test_a_tag_that_was_invalidated_admits_nothing_older(happen):
+    """Whether heard or own: an older copy is kept out whatever its ticket has seen, another tag's is not."""
+    coherence = make()
+    ticket = coherence.open("k")
+    happen(coherence, START + 1)
+    assert not coherence.admits(ticket, START, ("t",))
+    assert not coherence.admits(ticket, START, ("u", "t"))
+    assert coherence.admits(ticket, START, ("u",))
+    assert coherence.admits(ticket, START + 1, ("t",))
+    later = coherence.open("another")
+    assert not coherence.admits(later, START, ("t",))
+
+
+def test_a_fill_is_not_fenced_over_the_invalidation_of_its_tag():
+    """What the loader read may be older than the invalidation, though its key was not touched."""
+    coherence = make()
+    ticket = coherence.open("k")
+    coherence.observe(tagged(START + 1, "t"))
+    assert coherence.fence(ticket, START, 0.0, 0.0, ("t",)) is None
+    assert coherence.fence(ticket, START, 0.0, 0.0, ("u",)) == START + 1
+
+
+def test_a_prefix_raises_the_tickets_of_its_keys():
+    """Neither a copy nor a fill passes it."""
+    coherence = make()
+    inside, outside = coherence.open("user:1"), coherence.open("shop:1")
+    coherence.observe(Message(START + 1, prefixes=("user:",)))
+    assert not coherence.admits(inside, START)
+    assert coherence.fence(inside, START, 0.0, 0.0) is None
+    assert coherence.admits(outside, START)
+    assert coherence.fence(outside, START, 0.0, 0.0) == START + 1
+
+
+def test_messages_about_tags_and_prefixes_are_in_order_too():
+    """They are applied as any other, and a hole before one is a gap."""
+    coherence = make()
+    assert coherence.observe(tagged(START + 1, "t", "u")) == Act(tags=("t", "u"), stamp=START + 1)
+    prefixed = Message(START + 2, prefixes=("p",))
+    assert coherence.observe(prefixed) == Act(prefixes=("p",), stamp=START + 2)
+    assert coherence.applied == START + 2
+    assert coherence.observe(tagged(START + 4, "t")).void == "hole"
+
+
+def test_what_starts_anew_forgets_the_tags():
+    """Every ticket is dead and L1 is empty: garbage that was heard before the proof keeps nothing out after it."""
+    coherence = make(is_proven=False)
+    coherence.observe(tagged(MAX_STAMP, "t"))
+    assert coherence.floors.of("k", ("t",)) == MAX_STAMP
+    coherence.prove(pulse(START))
+    assert coherence.admits(coherence.open("k"), START, ("t",))
 
 
 # ---- fences -----------------------------------------------------------------------------------------------------
@@ -327,7 +409,7 @@ def test_a_flush_in_order_raises_the_floor():
     """A clear is O(1) and no gap."""
     coherence = make()
     assert coherence.observe(flushed(START + 1)) == Act(stamp=START + 1, is_flush=True)
-    assert coherence.floor == START + 1
+    assert coherence.floors.everything == START + 1
     assert coherence.is_proven
 
 
@@ -354,7 +436,12 @@ def test_the_first_proof_of_a_subscription_voids_l1():
     coherence = make(is_proven=False)
     epoch = coherence.epoch
     assert coherence.prove(pulse(START, floor=40)) == Act(void="subscription")
-    assert (coherence.epoch, coherence.applied, coherence.floor, coherence.highest) == (epoch + 1, START, 40, START)
+    assert (coherence.epoch, coherence.applied, coherence.floors.everything, coherence.highest) == (
+        epoch + 1,
+        START,
+        40,
+        START,
+    )
 
 
 def test_a_proof_of_what_was_applied_renews_the_lease():
@@ -383,7 +470,7 @@ def test_a_counter_behind_what_was_applied_is_a_regress():
     coherence = make()
     coherence.flushed(START)
     assert coherence.prove(pulse(START - 10, floor=5)) == Act(void="regress")
-    assert (coherence.applied, coherence.floor) == (START - 10, 5)
+    assert (coherence.applied, coherence.floors.everything) == (START - 10, 5)
     assert coherence.highest == START
 
 
@@ -392,7 +479,7 @@ def test_the_floor_of_a_proof_does_not_lower_ours():
     coherence = make()
     coherence.flushed(START + 3)
     coherence.prove(pulse(START, floor=2))
-    assert coherence.floor == START + 3
+    assert coherence.floors.everything == START + 3
 
 
 def test_losing_the_subscription_ends_the_lease():

@@ -23,6 +23,8 @@ from celery_mlcache.keys import (
     call_key,
     canonical,
     check_key,
+    check_prefix,
+    check_tags,
     format_token,
     parse_token,
 )
@@ -87,20 +89,54 @@ def test_a_subclass_of_str_becomes_a_str():
     assert type(check_key(Odd("k"))) is str
 
 
+# ---- tags and prefixes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [["a", "b", "a"], ("a", "b"), {"a": 1, "b": 2}.keys() | set()])
+def test_tags_are_told_once(given):
+    """A list, a tuple or a set of them, each once."""
+    assert sorted(check_tags(given)) == ["a", "b"]
+    assert len(check_tags(given)) == 2
+
+
+@pytest.mark.parametrize("given", ["tag", b"tag", {"a": 1}, 5, None, iter(["a"])])
+def test_tags_are_a_collection(given):
+    """A str would be taken for its letters, and what can be walked once only is used twice."""
+    with pytest.raises(TypeError, match="tags must be a list, tuple or set of str"):
+        check_tags(given)
+
+
+@pytest.mark.parametrize("bad", ["", "a\nb", "x" * 1025, 5, None, "\ud800"])
+def test_a_tag_is_checked_as_a_key_is(bad):
+    """It is a line of a message and a part of a Redis key; the error says that it is a tag."""
+    with pytest.raises(CacheKeyError, match=r"^tag "):
+        check_tags(["good", bad])
+    with pytest.raises(CacheKeyError, match=r"^prefix "):
+        check_prefix(bad)
+
+
+def test_there_are_not_too_many_tags():
+    """Each costs Redis a look-up."""
+    assert len(check_tags([f"t{number}" for number in range(64)])) == 64
+    with pytest.raises(CacheKeyError, match="is one of 65 tags; at most 64"):
+        check_tags([f"t{number}" for number in range(65)])
+
+
 # ---- Redis names ------------------------------------------------------------------------------------------------
 
 
 def test_every_key_of_a_namespace_has_its_hash_tag():
     """A script's keys share one cluster slot, whatever braces users put into theirs."""
     names = RedisNames("shop")
-    for name in (names.counter, names.floor, names.value("k"), names.value("{other}")):
+    for name in (names.counter, names.floors, names.value("k"), names.value("{other}"), names.tag("{other}")):
         assert name[name.index("{") : name.index("}") + 1] == "{shop}"
 
 
 def test_names_do_not_collide():
     """No user key reaches the counter or the floor, and no namespace another's values."""
     one, other = RedisNames("a"), RedisNames("a:v1")
-    assert len({one.counter, one.floor, one.channel, one.value("stamp"), one.value("floor")}) == 5
+    names = [one.counter, one.floors, one.channel, one.value("stamp"), one.value("floors"), one.tag("stamp")]
+    assert len(set(names)) == len(names)
     assert one.value("v1:k") != other.value("k")
     assert not other.value("k").startswith(one.value_prefix)
 

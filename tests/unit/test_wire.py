@@ -15,6 +15,7 @@ from celery_mlcache.wire import (
     Message,
     pack_head,
     parse_message,
+    parse_order,
     split_value,
 )
 
@@ -77,6 +78,31 @@ def test_a_message_is_read_as_it_was_written(op, stamp, micros, keys):
     )
 
 
+@pytest.mark.parametrize(("op", "field"), [("T", "tags"), ("P", "prefixes")])
+def test_tags_and_prefixes_are_not_keys(op, field):
+    """What an invalidation of many names stands where its kind says, and nowhere else."""
+    found = parse_message(packed(1, op, 7, 2_000_000, "a", "b"))
+    assert found == Message(7, server_time=2.0, **{field: ("a", "b")})
+
+
+@pytest.mark.parametrize(
+    ("counter", "floors", "order"),
+    [
+        (b"7", b"5 6", (7, 5)),
+        (b"7", b"5 6\n6 0 user:", (7, 5)),
+        (b"7", b"5", (7, 5)),
+        (None, None, (0, 0)),
+        (b"x", b" 5 6", (0, 0)),
+        (b"-7", b"9" * 40 + b" 1", (0, 0)),
+        (b"", b"", (0, 0)),
+        (7, [b"5"], (0, 0)),
+    ],
+)
+def test_the_order_is_read_or_lost(counter, floors, order):
+    """Garbage counts as lost: it is seeded anew then."""
+    assert parse_order(counter, floors) == order
+
+
 def test_a_flush_has_no_keys():
     """Everything older is dead."""
     assert parse_message(packed(1, "F", 7, 2_000_000)) == Message(7, (), is_flush=True, server_time=2.0)
@@ -116,6 +142,8 @@ def test_no_message_of_almost_ours_raises(lines):
         (1, "W", 1, "", "k"),
         (1, "W", 1, 1),
         (1, "F", 1, 1, "k"),
+        (1, "T", 1, 1),
+        (1, "P", 1, 1),
         (1, "W", 1),
         (1,),
     ],

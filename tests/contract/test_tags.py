@@ -1,0 +1,289 @@
+"""What a user may rely on from tags and prefixes, on every wiring; real Redis."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_mlcache import MISS, create_cache_manager
+from celery_mlcache.errors import CacheKeyError, RemoteStoreError
+from tests.contract.test_manager import (
+    WITH_L2,
+    Background,
+    BlockedLoader,
+    cache,
+    forbid_l2,
+    make,
+    never,
+    wiring,
+)
+from tests.support.ports import free_port
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.redis
+__all__ = ["cache", "make", "wiring"]  # fixtures
+
+
+@pytest.fixture
+def pair(make, wiring):
+    """Two managers of each wiring that has an L2: two processes, as far as the cache can tell."""
+    if wiring not in WITH_L2:
+        pytest.skip("there is one process only")
+    return make(wiring), make(wiring)
+
+
+def follows(manager, key, expected):
+    """Wait until *manager* answers so: its backplane needs a moment."""
+    wait_until(lambda: manager.get(key, MISS) == expected, what=f"{key} to be {expected!r}")
+
+
+class TestTags:
+    def test_a_tag_invalidates_what_carries_it(self, cache):
+        """One of its tags is enough; what does not carry it stays."""
+        cache.set("both", 1, tags=["t", "u"])
+        cache.set("one", [2], tags=("t",))
+        cache.set("other", 3, tags={"u"})
+        cache.set("none", 4)
+        assert cache.invalidate_tags("t") is True
+        assert cache.get_many(["both", "one", "other", "none"]) == {"other": 3, "none": 4}
+        assert not cache.exists("one")
+        assert cache.ttl("both") is None
+
+    def test_several_tags_at_once(self, cache):
+        """Each of them counts; none at all is nothing to do."""
+        cache.set_many({"a": 1, "b": 2}, tags=["t"])
+        cache.set("c", 3, tags=["u"])
+        cache.set("d", 4, tags=["v"])
+        assert cache.invalidate_tags() is True
+        assert cache.get("a") == 1
+        cache.invalidate_tags("t", "u", "t")
+        assert cache.get_many(["a", "b", "c", "d"]) == {"d": 4}
+        assert cache.stats()["tag_invalidations"] == 2
+
+    def test_what_is_written_afterwards_lives(self, cache):
+        """With the same tag and the same key."""
+        cache.set("k", "old", tags=["t"])
+        cache.invalidate_tags("t")
+        cache.set("k", "new", tags=["t"])
+        assert cache.get("k") == "new"
+        cache.invalidate_tags("t")
+        assert cache.get_or_set("k", lambda: "loaded", tags=["t"]) == "loaded"
+        assert cache.get("k") == "loaded"
+
+    @pytest.mark.parametrize("how", ["set", "add", "get_or_set", "get_or_set_many", "refresh", "set_many"])
+    def test_every_way_to_store_takes_tags(self, cache, how):
+        """What it has stored goes with its tag."""
+        {
+            "set": lambda: cache.set("k", 1, tags=["t"]),
+            "add": lambda: cache.add("k", 1, tags=["t"]),
+            "get_or_set": lambda: cache.get_or_set("k", lambda: 1, tags=["t"]),
+            "get_or_set_many": lambda: cache.get_or_set_many(["k"], lambda keys: {"k": 1}, tags=["t"]),
+            "refresh": lambda: cache.refresh("k", lambda: 1, tags=["t"]),
+            "set_many": lambda: cache.set_many({"k": 1}, tags=["t"]),
+        }[how]()
+        assert cache.get("k") == 1
+        cache.invalidate_tags("t")
+        assert cache.get("k", MISS) is MISS
+
+    def test_the_last_write_says_which_tags(self, cache):
+        """A set without tags, or with others, takes them off."""
+        cache.set("k", 1, tags=["t"])
+        cache.set("k", 2, tags=["u"])
+        cache.invalidate_tags("t")
+        assert cache.get("k") == 2
+        cache.set("k", 3)
+        cache.invalidate_tags("u")
+        assert cache.get("k") == 3
+
+    @pytest.mark.parametrize("change", ["incr", "touch"])
+    def test_a_changed_entry_keeps_its_tags(self, cache, change):
+        """A counter and a prolonged entry go with the tags that they were stored with."""
+        cache.set("k", 5, tags=["t"])
+        assert cache.get("k") == 5
+        assert cache.incr("k") == 6 if change == "incr" else cache.touch("k", 60)
+        assert cache.get("k") == (6 if change == "incr" else 5)
+        cache.invalidate_tags("t")
+        assert cache.get("k", MISS) is MISS
+        assert cache.incr("k") == 1
+
+    def test_a_signed_counter_keeps_its_tags(self, make):
+        """Its increment is a compare and set of ours."""
+        cache = make("both", signing_keys=("k" * 32,))
+        cache.set("k", 5, tags=["t"])
+        assert cache.incr("k") == 6
+        cache.invalidate_tags("t")
+        assert cache.get("k", MISS) is MISS
+
+    def test_an_invalidated_entry_is_absent_to_every_operation(self, cache):
+        """Nobody counts it, prolongs it or finds it."""
+        for key in "abcd":
+            cache.set(key, 5, tags=["t"])
+        cache.invalidate_tags("t")
+        assert cache.delete("a") is False
+        assert cache.touch("b", 60) is False
+        assert cache.add("c", 6) is True
+        assert cache.incr("d", 2) == 2
+
+    def test_a_loader_that_began_before_does_not_bring_it_back(self, cache):
+        """Its result is returned, and not stored: it may be older than the invalidation."""
+        loader = BlockedLoader("old")
+        call = Background(lambda: cache.get_or_set("k", loader, tags=["t", "u"]))
+        assert loader.has_begun.wait(10)
+        cache.invalidate_tags("u")
+        loader.may_end.set()
+        assert call.result() == "old"
+        assert cache.get("k", MISS) is MISS
+        assert cache.stats()["fills_refused"] == 1
+
+    def test_a_refresh_that_began_before_does_not_bring_it_back(self, cache):
+        """Though the entry that it would replace does not carry the tag."""
+        cache.set("k", "first")
+        loader = BlockedLoader("old")
+        call = Background(lambda: cache.refresh("k", loader, tags=["t"]))
+        assert loader.has_begun.wait(10)
+        cache.invalidate_tags("t")
+        loader.may_end.set()
+        assert call.result() == "old"
+        assert cache.get("k", MISS) in ("first", MISS)
+
+    def test_who_comes_after_does_not_share_the_loader_of_before(self, cache):
+        """Read your writes: the invalidation of one thread counts for whoever calls later."""
+        loader = BlockedLoader("old")
+        call = Background(lambda: cache.get_or_set("k", loader, tags=["t"]))
+        assert loader.has_begun.wait(10)
+        cache.invalidate_tags("t")
+        assert cache.get_or_set("k", lambda: "new", tags=["t"]) == "new"
+        loader.may_end.set()
+        assert call.result() in ("old", "new")
+        assert cache.get("k") == "new"
+
+    def test_another_tag_does_not_disturb_a_loader(self, cache, wiring):
+        """Its result is stored; only a process that hears nothing has to take it for possible, once for each tag."""
+        loader = BlockedLoader("value")
+        call = Background(lambda: cache.get_or_set("k", loader, tags=["t"]))
+        assert loader.has_begun.wait(10)
+        cache.invalidate_tags("other")
+        coherence = cache._parts.tier.coherence
+        wait_until(lambda: wiring != "both" or coherence.applied == coherence.seen, what="the message")
+        loader.may_end.set()
+        assert call.result() == "value"
+        assert cache.stats()["fills_refused"] == (wiring == "l2")
+        assert cache.get_or_set("k", lambda: "value" if wiring == "l2" else never(), tags=["t"]) == "value"
+        assert cache.get("k") == "value"
+
+    def test_every_process_follows(self, pair):
+        """Copies of the other process die at once, behind the front too."""
+        one, other = pair
+        for key in ("a", "b", "c"):
+            one.set(key, key, tags=["t"])
+            assert other.get(key) == key
+        if other._parts.tier.local is not None:
+            other._parts.tier.local._front.pop("b")
+        one.invalidate_tags("t")
+        for key in ("a", "b", "c"):
+            follows(other, key, MISS)
+        one.set("a", "new", tags=["t"])
+        follows(other, "a", "new")
+
+    def test_a_hit_in_l1_asks_nobody(self, make):
+        """Reading a tagged entry from L1 costs no round trip."""
+        cache = make("both")
+        cache.set("k", 1, tags=["t"])
+        cache.invalidate_tags("u")
+        assert cache.get("k") == 1
+        forbid_l2(cache)
+        assert cache.get("k") == cache.get_or_set("k", never, tags=["t"]) == 1
+
+    @pytest.mark.parametrize("bad", [("",), ("a\n",), ("x" * 1025,), (5,), tuple(f"t{number}" for number in range(65))])
+    def test_bad_tags_raise_and_change_nothing(self, cache, bad):
+        """Before anything is sent."""
+        cache.set("k", 1, tags=["t"])
+        with pytest.raises(CacheKeyError, match="tag"):
+            cache.invalidate_tags("t", *bad)
+        for store in (cache.set, cache.add, lambda key, value, tags: cache.get_or_set(key, lambda: value, tags=tags)):
+            with pytest.raises(CacheKeyError, match="tag"):
+                store("k", 2, tags=bad)
+        assert cache.get("k") == 1
+
+    @pytest.mark.parametrize("bad", ["tag", b"tag", 5, {"t": 1}])
+    def test_tags_are_a_collection(self, cache, bad):
+        """A str would be taken for its letters."""
+        for store in (cache.set, cache.add, lambda key, value, tags: cache.get_or_set(key, lambda: value, tags=tags)):
+            with pytest.raises(TypeError, match="tags must be a list, tuple or set of str"):
+                store("k", 2, tags=bad)
+
+
+class TestPrefixes:
+    def test_a_prefix_invalidates_what_begins_with_it(self, cache):
+        """To the letter: patterns mean nothing."""
+        keys = ["user:1", "user:2", "use", "users", "User:1", "user*:3", "u*er:1", "xuser:1"]
+        cache.set_many(dict.fromkeys(keys, 1))
+        assert cache.invalidate_prefix("user:") is True
+        assert set(cache.get_many(keys)) == {"use", "users", "User:1", "user*:3", "u*er:1", "xuser:1"}
+        cache.invalidate_prefix("u*")
+        assert set(cache.get_many(keys)) == {"use", "users", "User:1", "user*:3", "xuser:1"}
+        assert cache.stats()["prefix_invalidations"] == 2
+
+    def test_what_is_written_afterwards_lives(self, cache):
+        """The prefix does not haunt its keys."""
+        cache.set("user:1", "old")
+        cache.invalidate_prefix("user:")
+        cache.set("user:1", "new")
+        assert cache.get("user:1") == "new"
+        assert cache.get_or_set("user:2", lambda: 2) == cache.get("user:2") == 2
+
+    def test_a_loader_that_began_before_does_not_bring_it_back(self, cache):
+        """Though L2 held nothing that a scan could find."""
+        loader = BlockedLoader("old")
+        call = Background(lambda: cache.get_or_set("user:1", loader))
+        assert loader.has_begun.wait(10)
+        cache.invalidate_prefix("user:")
+        assert cache.get_or_set("user:1", lambda: "new") == "new"
+        loader.may_end.set()
+        assert call.result() in ("old", "new")
+        assert cache.get("user:1") == "new"
+
+    def test_every_process_follows(self, pair):
+        """Copies of the other process die at once, behind the front too."""
+        one, other = pair
+        one.set_many({"user:1": 1, "user:2": 2, "shop:1": 3})
+        assert other.get_many(["user:1", "user:2", "shop:1"]) == {"user:1": 1, "user:2": 2, "shop:1": 3}
+        if other._parts.tier.local is not None:
+            other._parts.tier.local._front.pop("user:2")
+        one.invalidate_prefix("user:")
+        follows(other, "user:1", MISS)
+        follows(other, "user:2", MISS)
+        assert other.get("shop:1") == 3
+
+    @pytest.mark.parametrize("bad", ["", "a\n", "x" * 1025, 5, None])
+    def test_bad_prefixes_raise(self, cache, bad):
+        """An empty one would be clear()."""
+        with pytest.raises(CacheKeyError, match="prefix"):
+            cache.invalidate_prefix(bad)
+
+
+class TestWithoutAnAnswer:
+    CALLS = pytest.mark.parametrize(
+        "call", [lambda c: c.invalidate_tags("t"), lambda c: c.invalidate_prefix("k"), lambda c: c.clear()]
+    )
+
+    @CALLS
+    def test_an_invalidation_that_may_have_happened_empties_l1(self, make, call):
+        """Nothing is served here that it was meant to kill, and the caller is told that L2 was not."""
+        cache = make("both")
+        cache.set("k", 1, tags=["t"])
+        assert cache.get("k") == 1
+        cache._parts.remote._connect, cache._parts.remote._idle = refuse, type(cache._parts.remote._idle)()
+        assert call(cache) is False
+        assert cache._parts.tier.local.peek("k") is None
+        assert cache.stats()["writes_dropped"] == 1
+
+    @CALLS
+    def test_strict_raises(self, call):
+        """Whoever asks for errors gets them."""
+        with create_cache_manager(redis_port=free_port(), strict=True) as cache, pytest.raises(RemoteStoreError):
+            call(cache)
+
+
+def refuse():
+    """Make no connection."""
+    raise ConnectionRefusedError
