@@ -175,12 +175,7 @@ class LabProcess:
         address = folder / f"mail-{spec.slot}"
         address.unlink(missing_ok=True)
         self.mail.bind(str(address))
-        known = {name: weight for name, weight in self.habits.weights.items() if self._can(name)}
-        self.verbs, self.weights = list(known), list(known.values())
-
-    def _can(self, verb: str) -> bool:
-        needs = {"TAG": "invalidate_tags", "PREFIX": "invalidate_prefix"}.get(verb, "get")
-        return hasattr(CacheManager, needs)
+        self.verbs, self.weights = list(self.habits.weights), list(self.habits.weights.values())
 
     def run(self) -> None:
         """Work until told to be quiet, then read everything once more."""
@@ -353,8 +348,8 @@ class _Worker:
     def _invalidate_prefix(self) -> None:
         prefix = self.rng.choice(list(self.process.spec.prefixes))
         with self._doing(Verb.PREFIX, [self.process.numbers[prefix]]) as deed:
-            self.cache.invalidate_prefix(prefix)
-            deed.outcome = Outcome.DONE
+            is_done = self.cache.invalidate_prefix(prefix)
+            deed.outcome = Outcome.DONE if is_done else Outcome.UNKNOWN
 
     def _clear(self) -> None:
         with self._doing(Verb.CLEAR) as deed:

@@ -22,7 +22,7 @@ from typing import Any
 
 from celery_mlcache import MISS, create_cache_manager
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.wire import KIND_TOMBSTONE, split_value
+from celery_mlcache.wire import KIND_TOMBSTONE, parse_order, split_value
 from tests.faults import nemesis
 from tests.faults.lab_process import END, FINISHED, HEAL_WITHIN, PARKED, QUIET, READ, RUN, STARTED, Board, Habits, Spec
 from tests.faults.nemesis import ALL, Fault, Mood
@@ -320,7 +320,19 @@ class _Round:
         self.server.kill_pubsub()
 
     def _lose_counter(self) -> None:
-        self.server.client().delete(NAMES.counter)
+        self._evict(NAMES.counter)
+
+    def _lose_floors(self) -> None:
+        self._evict(NAMES.floors)
+
+    def _lose_tags(self) -> None:
+        self._evict(*{NAMES.tag(tag) for tags in TAGS.values() for tag in tags})
+
+    def _evict(self, *names: str) -> None:
+        """Delete our own records, as a server without memory does."""
+        client = self.server.client()
+        client.delete(*names)
+        client.close()
 
     def _restart(self) -> None:
         self.server.save()
@@ -353,9 +365,10 @@ class _Round:
     def _dump(self, killed_from: float, killed_until: float) -> Reload:
         client = self.server.client()
         counter, floor, *values = client.mget(
-            NAMES.counter, NAMES.floor, *[NAMES.value(key) for key in self.plan.keys]
+            NAMES.counter, NAMES.floors, *[NAMES.value(key) for key in self.plan.keys]
         )
-        counter, floor = int(counter or 0), int(floor or 0)
+        client.close()
+        counter, floor = parse_order(counter, floor)
         stored = {}
         for key, data in zip(self.plan.keys, values, strict=True):
             split = split_value(data) if data else None
@@ -394,6 +407,20 @@ def run_round(seed: int, plan: Plan) -> Verdict:
         return _Round(seed, plan, stack).run()
 
 
+# ---- how the fleet may behave: rounds take these in turn ------------------------------------------------------------
+
+HABITS: dict[str, Habits] = {
+    "mixed": Habits(),
+    "loading": Habits(
+        {"GET": 15, "GET_OR_SET": 60, "DELETE": 10, "DELETE_MANY": 2, "TAG": 3, "SET": 2},
+        dawdle=0.1,
+        long_load=0.02,
+        threads=3,
+    ),
+    "reading": Habits({"GET": 60, "GET_MANY": 10, "SET": 1, "DELETE": 1, "GET_OR_SET": 10, "TAG": 0.5}, pause=0.008),
+    "writing": Habits({"GET": 40, "SET": 15, "SET_MANY": 6, "ADD": 4, "TOUCH": 4, "DELETE": 8, "CLEAR": 0.5}),
+}
+
 # ---- the mutants ----------------------------------------------------------------------------------------------------
 
 _FILLS = Habits(
@@ -406,6 +433,7 @@ _FILLS = Habits(
 )
 _WRITERS = Habits({"GET": 50, "SET": 20, "SET_MANY": 5}, pause=0.003, ttls=(None,), handoff=0.0)
 _READERS = Habits({"GET": 70, "GET_MANY": 10, "SET": 1}, pause=0.004, ttls=(None,), handoff=0.0)
+_TAGS = replace(_READERS, weights={"GET": 40, "GET_OR_SET": 30, "SET": 5, "TAG": 15})
 _LATE = Mood(0.15, (1, 0, 0), ("jitter", "delay_reply"))
 _DEAF = Mood(0.3, (1, 0, 0), ("deaf", "drop_pushes"), (1.0, 2.0))
 _HOLES = Mood(0.15, (1, 0, 0), ("drop_push", "drop_pushes"), (1.0, 2.0))
@@ -423,12 +451,8 @@ MUTANT_PLANS: dict[str, Plan] = {
     "fence": replace(_SMALL, habits=_FILLS, mood=Mood(0)),
     "barrier": replace(_SMALL, habits=replace(_READERS, weights={"GET": 60, "SET": 6}, handoff=1.0), mood=_LATE),
     "expiry": replace(_SMALL, habits=replace(_READERS, weights={"GET": 60, "SET": 6}, ttls=(0.15, 0.3)), mood=Mood(0)),
-    "tag_floor": replace(
-        _SMALL,
-        keys=("a0", "a2", "b1"),
-        habits=replace(_READERS, weights={"GET": 40, "GET_OR_SET": 30, "SET": 5, "TAG": 15}),
-        mood=_LATE,
-    ),
+    "tag_floor": replace(_SMALL, keys=("a0", "a2", "b1"), habits=_TAGS, mood=_LATE),
+    "tag_record": replace(_SMALL, keys=("a0", "a2", "b1"), habits=_TAGS, mood=Mood(0)),
 }
 
 

@@ -36,6 +36,8 @@ SERVER_VERBS = {
     "flushall": 2,
     "kill_pubsub": 2,
     "lose_counter": 1,
+    "lose_floors": 1,
+    "lose_tags": 1,
 }
 PROCESS_VERBS = {"sigkill": 3, "sigstop": 4, "recycle": 2}
 LASTING = frozenset(

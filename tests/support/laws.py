@@ -286,13 +286,13 @@ class _Process:
         if spans:
             span = spans[-1]
             law, known = self._problem_of_span(op, span, allowed) or (STALE, None)
-            lines = [_line_of(self.case, span.began, f"v{span.version} of {op.key}")]
+            lines = [_line_of(self.case, span.began, op.key)]
             if law is OUTLIVED:
                 lines.append(Line(span.expires, "redis", f"v{span.version} of {op.key} expires"))
             elif span.ended is not None:
                 lines.append(_line_of(self.case, span.ended, op.key))
             ended = span.expires if law is OUTLIVED or span.ended is None else span.ended.high
-            why = f"{op.start - ended:.3f} s after it had ended"
+            why = f"{op.start - ended:.3f} s after it had ended" if known is None else "though it knew better"
         else:
             load = loads[-1]
             law, known = self._problem_of_load(op, load, allowed) or (STALE, None)
@@ -371,7 +371,7 @@ def _check_fills(case: Case) -> list[Violation]:
             load = max((op for op in loads if op.start <= fill.high), key=lambda op: op.start, default=None)
             lines = [Line(commit.start, commit.who, str(commit)), _line_of(case, event, key)]
             lines += [Line(load.start, load.who, str(load))] if load is not None else []
-            lines.append(_line_of(case, fill, f"v{version} of {key}"))
+            lines.append(_line_of(case, fill, key))
             why = f"L2 is filled with v{version} of {key}, which was v{row} before it was last removed"
             found.append(Violation(RESURRECTION, why, _in_order(lines)))
     return found
@@ -380,21 +380,28 @@ def _check_fills(case: Case) -> list[Violation]:
 # ---- saying it ----------------------------------------------------------------------------------------------------
 
 
-def _line_of(case: Case, event: Event, what: str) -> Line:
-    by = _author(case, event)
+def _line_of(case: Case, event: Event, key: str) -> Line:
+    by = _author(case, event, key)
+    version = event.versions.get(key)
+    what = f"v{version} of {key}" if version else key if event.what == key else f"{event.what} ({key})".strip()
     text = f"{event.kind} {what}" + (f" stamp {event.stamp}" if event.stamp else "") + (f", by {by}" if by else "")
-    return Line(event.high, "redis", text)
+    return Line(event.low + MARGIN, "redis", text)
 
 
-def _author(case: Case, event: Event) -> str:
-    """Return who may have done it."""
+def _author(case: Case, event: Event, key: str) -> str:
+    """Return who may have done it, "" if several may."""
+    version = event.versions.get(key)
     kinds = {"write": STORES | {Verb.TOUCH}, "fill": {Verb.GET_OR_SET}}
     verbs = kinds.get(event.kind, {verb for verb, made in _BREAKS_OF.items() if event.kind in made})
-    what = set(event.what.split())
-    for op in case.ops:
-        if op.verb in verbs and op.start <= event.high and op.end >= event.low and (not op.key or op.key in what):
-            return op.who
-    return ""
+    what = {key, *event.what.split()}
+    candidates = [
+        op
+        for op in case.ops
+        if op.verb in verbs and op.start <= event.high and op.end >= event.low and (not op.key or op.key in what)
+    ]
+    exact = [op for op in candidates if version and op.version == version and op.verb is not Verb.TOUCH]
+    people = {op.who for op in exact or candidates}
+    return people.pop() if len(people) == 1 else ""
 
 
 def _lines_of_known(case: Case, known: Known) -> list[Line]:

@@ -26,7 +26,7 @@ from tests.support.waiting import wait_until
 ATTACHED = "attached"
 _NOISE = frozenset(
     b"GET MGET TIME EVAL EVALSHA INCR PING HELLO CLIENT SUBSCRIBE INFO SCAN TTL PTTL PEXPIRETIME SELECT PUBSUB "
-    b"SCRIPT EXISTS DBSIZE HGET HGETALL COMMAND".split()
+    b"SCRIPT EXISTS DBSIZE GETRANGE STRLEN TYPE COMMAND".split()
 )
 _COMMAND = re.compile(rb'^(\d+\.\d+) \[\d+ [^\]]*\] "([^"]*)"')
 _ARGUMENT = re.compile(rb'"((?:[^"\\]|\\.)*)"')

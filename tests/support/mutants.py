@@ -7,11 +7,12 @@ script sources before a manager is built; nothing of it survives the process.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import sha1
 from math import inf
 from typing import Any
 
-from celery_mlcache import CacheManager
 from celery_mlcache.coherence import Act, Coherence, Ticket
+from celery_mlcache.floors import Floors
 from celery_mlcache.local import Local
 from celery_mlcache.remote import Script
 from celery_mlcache.tier import Tier, Tickets
@@ -32,13 +33,6 @@ def plant(name: str) -> None:
     MUTANTS[name]()
 
 
-def why_not(name: str) -> str:
-    """Return why a mutant cannot be planted in this version of the product, or ""."""
-    if name == "tag_floor" and not hasattr(CacheManager, "invalidate_tags"):
-        return "CacheManager has no invalidate_tags yet"
-    return ""
-
-
 def _ticket() -> None:
     """Messages and commits do not raise a ticket: a read that an invalidation overtakes keeps its copy."""
     _replace(Coherence, "_raise", lambda self, ticket, stamp: None)
@@ -57,7 +51,7 @@ def _ticket() -> None:
 def _stamps() -> None:
     """What is newer is not asked: L1 takes whatever comes last, and a message discards nothing that came by itself."""
     admits = Coherence.admits
-    _replace(Coherence, "admits", lambda self, ticket, stamp: admits(self, ticket, inf))
+    _replace(Coherence, "admits", lambda self, ticket, stamp, *tags: admits(self, ticket, inf, *tags))
     _replace(Local, "discard_older", lambda self, key, stamp: False)
 
 
@@ -128,8 +122,8 @@ def _own_write() -> None:
 
 def _fence() -> None:
     """A fill is a plain add: nothing that happened since its miss refuses it."""
-    _replace(Coherence, "fence", lambda self, ticket, token, taken_at, now: token)
-    _rewrite("stamp <= token", "fill", "elseif stamp <= token then", "else")
+    _replace(Coherence, "fence", lambda self, ticket, token, *rest: token)
+    _rewrite("comparison", "fill", "elseif stamp <= token and invalidated(KEYS[i], tags) <= token then", "elseif true then")
 
 
 def _barrier() -> None:
@@ -149,9 +143,13 @@ def _expiry() -> None:
 
 def _tag_floor() -> None:
     """L1 does not know that a tag was invalidated: neither its copies nor what is under way is refused for it."""
-    if why := why_not("tag_floor"):
-        raise CannotPlant(why)
-    _replace(Coherence, "tag_floor", lambda self, tags: 0)
+    _replace(Floors, "of_tags", lambda self, tags: 0)
+    _replace(Local, "void_tag", lambda self, tag, stamp: None)
+
+
+def _tag_record() -> None:
+    """L2 does not ask for the records of a value's tags."""
+    _rewrite("tags", "read", "stamp < newest and tags_of(data, KIND_AT) or {}", "{}")
 
 
 def _replace(owner: type, name: str, new: Callable[..., Any]) -> None:
@@ -177,8 +175,6 @@ def _rewrite(what: str, script: str, old: str, new: str = "redis.call('DEL', KEY
 
 
 def _sha(source: str) -> str:
-    from hashlib import sha1
-
     return sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -194,5 +190,6 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "barrier": _barrier,
     "expiry": _expiry,
     "tag_floor": _tag_floor,
+    "tag_record": _tag_record,
 }
 NAMES: Sequence[str] = tuple(MUTANTS)

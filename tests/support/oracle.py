@@ -53,6 +53,7 @@ class Event:
     stamp: int = 0
     what: str = ""  # the key, tag or prefix; "": everything
     is_lost: bool = False
+    versions: dict[str, int] = field(default_factory=dict)  # what it stored, by key
 
 
 @dataclass(slots=True, eq=False)
@@ -191,6 +192,7 @@ class Oracle:
         self._begin(Span(key, version, stamp, event, expires_ms / 1000 - self.offset + MARGIN))
 
     def _begin(self, span: Span) -> None:
+        span.began.versions[span.key] = span.version
         self._live[span.key] = span
         self.spans[span.key, span.version].append(span)
         self.states[span.key].append((span.began, span))
@@ -229,9 +231,15 @@ class Oracle:
         if live is not None:
             self._end(key, gone)
             self.states[key].append((gone, None))
-        if stored is not None and stored.version:
+        if stored is not None and stored.version and not self._is_dead_in_place(key, stored):
             revived = Event(self._pos, reload.killed_from, reload.killed_until, "revived", stored.stamp, key)
             self._begin(Span(key, stored.version, stored.stamp, revived, stored.expires))
+
+    def _is_dead_in_place(self, key: str, stored: Stored) -> bool:
+        """What a tag or a prefix has killed stays where it is stored."""
+        spans = [span for span in self.spans[key, stored.version] if span.stamp == stored.stamp]
+        ended = spans[-1].ended if spans else None
+        return ended is not None and ended.kind in {"tag", "prefix"} and not ended.is_lost
 
     def _lose(self, counter: int) -> None:
         at = bisect_right([stamp for stamp, _ in self._announced], counter)
