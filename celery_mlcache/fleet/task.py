@@ -11,16 +11,18 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, TypeVar, overload
 
 from celery import Celery, Task, shared_task
 
 from celery_mlcache.entry import MISS
-from celery_mlcache.errors import ConfigurationError, SerializationError
+from celery_mlcache.errors import CacheKeyError, ConfigurationError, SerializationError
 from celery_mlcache.fleet.app import fleet_of
-from celery_mlcache.keys import call_key
+from celery_mlcache.keys import call_key, check_tags
 from celery_mlcache.manager import CacheManager, check_ttl
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,17 +38,20 @@ class Options:
 
     Attributes:
         ttl: Seconds a result lives; None for the cache's default.
+        tags: What a result can be invalidated by; ``{name}`` stands for that argument, as in ``str.format``.
     """
 
     ttl: float | None = None
+    tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse at decoration what would be refused at the first call."""
-        if self.ttl is not None:
-            try:
+        try:
+            if self.ttl is not None:
                 check_ttl(self.ttl)
-            except ValueError as exc:
-                raise ConfigurationError([str(exc)]) from None
+            object.__setattr__(self, "tags", check_tags(self.tags))
+        except (ValueError, TypeError) as exc:
+            raise ConfigurationError([str(exc)]) from None
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | Options | None, task_name: str) -> Options:
@@ -131,6 +136,21 @@ class CallShape:
         self._names = {p.name for p in parameters}
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
+    def check_templates(self, tags: Sequence[str], task_name: str) -> None:
+        """Refuse tags that name what is no argument; raises ConfigurationError."""
+        names = {*self._names, *(p.name for p in self._signature.parameters.values())}
+        for tag in tags:
+            try:
+                fields = [name for _, name, _, _ in string.Formatter().parse(tag) if name is not None]
+            except ValueError as exc:
+                raise ConfigurationError([f"{task_name}: the tag {tag!r} is no template: {exc}"]) from None
+            for field in fields:
+                name = re.split(r"[.\[]", field, maxsplit=1)[0]
+                if name not in names:
+                    known = ", ".join(sorted(names)) or "it has none"
+                    problem = f"{task_name}: the tag {tag!r} names {name!r}, which is no argument of the task ({known})"
+                    raise ConfigurationError([problem])
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return argument values by name; raises TypeError as the call itself would."""
         if self._is_plain and len(args) <= len(self._positional):
@@ -153,6 +173,7 @@ class TaskCache:
     def __init__(self, task: CachedTask) -> None:
         self._task = task
         self._options = Options.of(task.mlcache, task.name)
+        task._mlcache_shape.check_templates(self._options.tags, task.name)  # noqa: SLF001 - our own class
         self._has_warned = False
 
     @property
@@ -167,7 +188,16 @@ class TaskCache:
             TypeError: The arguments do not fit the task.
             SerializationError: An argument has no form in a key.
         """
-        return call_key(f"task:{self._task.name}", self._task._mlcache_shape.bind(args, kwargs))  # noqa: SLF001
+        return self._name(self._bind(args, kwargs))
+
+    def tags(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Return the tags of a call's result.
+
+        Raises:
+            TypeError: The arguments do not fit the task.
+            CacheKeyError: With these arguments one of them cannot be a tag.
+        """
+        return self._tags(self._bind(args, kwargs))
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
         """Return the cached result of a call, or MISS; runs nothing. Raises as :meth:`key`."""
@@ -183,24 +213,44 @@ class TaskCache:
         An invalidation that passes meanwhile wins: the result is then returned and not stored. Raises what the
         function raises, and as :meth:`key`.
         """
-        key = self.key(*args, **kwargs)
+        bound = self._bind(args, kwargs)
+        key, tags = self._name(bound), self._tags(bound)
         kind = type(self._task)
         original = kind._mlcache_original  # noqa: SLF001 - our own class
         call = functools.partial(original, self._task) if kind._mlcache_takes_self else original  # noqa: SLF001
-        return self.manager.refresh(key, lambda: call(*args, **kwargs), self._options.ttl)
+        return self.manager.refresh(key, lambda: call(*args, **kwargs), self._options.ttl, tags=tags)
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the cached result, or run *call* and cache it; for CachedTask."""
         try:
-            key = self.key(*args, **kwargs)
-        except TypeError as exc:
-            # SerializationError is one too. Arguments that do not fit raise again below, from the function itself.
-            if isinstance(exc, SerializationError):
-                self._bypass(exc)
+            bound = self._bind(args, kwargs)
+        except TypeError:
+            return call(*args, **kwargs)  # what does not fit raises there, from the function itself
+        try:
+            key, tags = self._name(bound), self._tags(bound)
+        except (SerializationError, CacheKeyError) as exc:
+            self._bypass(exc)
             return call(*args, **kwargs)
-        return self.manager.get_or_set(key, lambda: call(*args, **kwargs), self._options.ttl)
+        return self.manager.get_or_set(key, lambda: call(*args, **kwargs), self._options.ttl, tags=tags)
 
-    def _bypass(self, why: SerializationError) -> None:
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._task._mlcache_shape.bind(args, kwargs)  # noqa: SLF001 - our own class
+
+    def _name(self, bound: Mapping[str, Any]) -> str:
+        return call_key(f"task:{self._task.name}", bound)
+
+    def _tags(self, bound: Mapping[str, Any]) -> tuple[str, ...]:
+        templates = self._options.tags
+        if not templates:
+            return ()
+        try:
+            return check_tags([template.format_map(bound) if "{" in template else template for template in templates])
+        except CacheKeyError:
+            raise
+        except Exception as exc:  # whatever a user's __format__ raises
+            raise CacheKeyError(", ".join(templates), f"cannot be made from these arguments: {exc!r}", "tag") from exc
+
+    def _bypass(self, why: Exception) -> None:
         self.manager.count_bypass()
         if not self._has_warned:
             self._has_warned = True
@@ -229,7 +279,7 @@ def cached_task(
         function: The function, where the decorator has no brackets.
         app: The app it belongs to; without it, as with ``@shared_task``, every app.
         base: A task class of yours to build on.
-        **options: ``ttl`` (see :class:`Options`); everything else is an option of ``@app.task``.
+        **options: ``ttl`` and ``tags`` (see :class:`Options`); everything else is an option of ``@app.task``.
 
     Raises:
         ConfigurationError: An option's value is wrong.
@@ -246,7 +296,9 @@ def cached_task(
             )
             raise TypeError(msg)
         kind = CachedTask if base is None else _with_base(base)
-        settings = {"mlcache": Options.of(own, wrapped.__name__), "base": kind, **options}
+        settled = Options.of(own, wrapped.__name__)
+        CallShape(wrapped, skips_self=bool(options.get("bind"))).check_templates(settled.tags, wrapped.__name__)
+        settings = {"mlcache": settled, "base": kind, **options}
         return shared_task(**settings)(wrapped) if app is None else app.task(**settings)(wrapped)
 
     return decorate if function is None else decorate(function)

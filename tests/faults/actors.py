@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -13,29 +14,24 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from celery_mlcache import MISS, CacheManager, create_cache_manager
+from celery_mlcache import MISS, CacheManager
 from tests.support import logs, processes
 from tests.support.servers import RedisServer
 
 PAUSE = 0.001  # between two looks of a watch: the machine is shared
 
 
-class Actor:
-    """A process with a cache of its own, told what to do through a Redis that no test breaks.
+class Line:
+    """Orders to a process and its answers, through a Redis that no test breaks."""
 
-    Args:
-        control: Carries orders and answers.
-        settings: Of its manager.
-    """
-
-    def __init__(self, control: RedisServer, **settings: Any) -> None:
+    def __init__(self, control: RedisServer) -> None:
         self._name = f"actor-{uuid.uuid4().hex[:8]}"
-        self._client = control.client(socket_timeout=20, decode_responses=True)
-        args = [sys.executable, "-m", "tests.faults.actors", str(control.port), self._name, json.dumps(settings)]
-        self._process = processes.spawn(
-            args, log=logs.new_log(self._name, lambda: self._process.poll() is None), cwd=processes.ROOT
-        )
-        assert self.call("ready") == "ready"
+        self._client = control.client(socket_timeout=60, decode_responses=True)
+
+    @property
+    def name(self) -> str:
+        """Where the process looks for orders."""
+        return self._name
 
     def call(self, method: str, *args: Any) -> Any:
         """Have a method called there and return the answer; a miss is None."""
@@ -46,11 +42,37 @@ class Actor:
         """Send an order without waiting."""
         self._client.rpush(self._name, json.dumps([method, *args]))
 
-    def answer(self) -> Any:
+    def answer(self, timeout: float = 15) -> Any:
         """Wait for the answer to the oldest order."""
-        got = self._client.blpop([f"{self._name}:out"], timeout=15)
+        got = self._client.blpop([f"{self._name}:out"], timeout=timeout)
         assert got is not None, f"{self._name} does not answer"
         return json.loads(got[1])
+
+
+class Actor(Line):
+    """A process with a cache of its own, told what to do.
+
+    Args:
+        control: Carries orders and answers.
+        subject: Makes what the orders are for: the cache, or something round it that has a ``warm`` too.
+        settings: What it is made with.
+    """
+
+    def __init__(
+        self, control: RedisServer, *, subject: str = "celery_mlcache:create_cache_manager", **settings: Any
+    ) -> None:
+        super().__init__(control)
+        args = [sys.executable, "-m", "tests.faults.actors", str(control.port), self._name, subject]
+        self._process = processes.spawn(
+            [*args, json.dumps(settings)],
+            log=logs.new_log(self._name, lambda: self._process.poll() is None),
+            cwd=processes.ROOT,
+        )
+        try:
+            assert self.call("ready") == "ready"
+        except BaseException:
+            self.kill()
+            raise
 
     def stop_running(self) -> None:
         """SIGSTOP; in force on return."""
@@ -130,15 +152,15 @@ class Watch:
             assert self.answers, "nothing was ever answered"
 
 
-def _act(port: int, name: str, settings: dict[str, Any]) -> None:
+def serve(port: int, name: str, cache: Any) -> None:
+    """Obey what is asked for under *name*, for ever."""
     import redis
 
     client = redis.Redis("127.0.0.1", port, decode_responses=True, socket_timeout=60)
-    cache = create_cache_manager(**settings)
     while True:
         got = client.blpop([name], timeout=50)
         if got is None:
-            return
+            continue  # it ends when its Redis or the test run does
         method, *args = json.loads(got[1])
         if method == "ready":
             cache.warm()
@@ -153,4 +175,4 @@ def _act(port: int, name: str, settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _act(int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    serve(int(sys.argv[1]), sys.argv[2], pkgutil.resolve_name(sys.argv[3])(**json.loads(sys.argv[4])))

@@ -50,6 +50,18 @@ def test_invalidate_keys(fleet, warm):
     assert is_gone(fleet, x)
 
 
+@pytest.mark.parametrize("option", ["-t", "--tag", "-p", "--prefix"])
+def test_invalidate_tags_and_prefixes(fleet, warm, option):
+    """``--tag`` and ``--prefix`` reach what carries the one or begins with the other, in every process."""
+    x, key = warm
+    name, words = (f"x:{x}", "carries") if "t" in option[:3] else (key[:-1], "begins with")
+    done = celery(fleet.env, "mlcache", "invalidate", option, name, option, "not-there")
+    assert done.returncode == 0, done.stderr
+    assert f"whatever {words} {name}" in done.stdout
+    assert "not-there" in done.stdout
+    assert is_gone(fleet, x)
+
+
 def test_invalidate_everything(fleet, warm):
     """``--all -y`` asks nothing and invalidates the namespace everywhere."""
     x, _ = warm
@@ -71,8 +83,11 @@ def test_invalidate_everything_asks_first(fleet, warm):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param([], "give the keys to invalidate, or --all", id="nothing"),
-        pytest.param(["--all", "-y", "k"], "give the keys to invalidate, or --all", id="both"),
+        pytest.param([], "give the keys, tags or prefixes to invalidate, or --all", id="nothing"),
+        pytest.param(["--all", "-y", "k"], "give the keys, tags or prefixes to invalidate, or --all", id="both"),
+        pytest.param(["--all", "-y", "-t", "k"], "give the keys, tags or prefixes to invalidate, or --all", id="all"),
+        pytest.param(["k", "-t", "a\nb"], "tag 'a\\nb' must not hold control characters", id="no-tag"),
+        pytest.param(["-p", ""], "prefix '' must not be empty", id="no-prefix"),
         pytest.param(["a\nb"], "control characters", id="no-key"),
         pytest.param(["--tagg", "k"], "--tagg", id="no-option"),
     ],
@@ -115,6 +130,15 @@ def test_control_command(fleet, warm, others):
     done = celery(fleet.env, "control", "mlcache_invalidate", key, *others)
     assert done.returncode == 0
     assert f"1 of {1 + len(others)} keys were in L2; every L1 follows" in done.stdout
+    assert is_gone(fleet, x)
+
+
+def test_control_command_for_tags(fleet, warm):
+    """``celery control mlcache_invalidate_tags`` does the same for what carries one of them."""
+    x, _ = warm
+    done = celery(fleet.env, "control", "mlcache_invalidate_tags", "not-there", f"x:{x}")
+    assert done.returncode == 0
+    assert f"whatever carries not-there, x:{x} is invalid" in done.stdout
     assert is_gone(fleet, x)
 
 

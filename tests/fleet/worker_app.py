@@ -65,7 +65,7 @@ def meet(name: str, size: int) -> None:
             time.sleep(0.005)
 
 
-@cached_task(app=app, shared=False, ttl=600)
+@cached_task(app=app, shared=False, ttl=600, tags=["x:{x}"])
 def double(x: Any) -> Any:
     """Count and double."""
     count(f"double:{x}")

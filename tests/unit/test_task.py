@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from celery_mlcache import CachedTask, cached_task, setup_cache
 from celery_mlcache.entry import MISS
-from celery_mlcache.errors import ConfigurationError, SerializationError
+from celery_mlcache.errors import CacheKeyError, ConfigurationError, SerializationError
 from celery_mlcache.fleet.app import find_fleet
 from celery_mlcache.fleet.task import Options
 
@@ -497,6 +497,68 @@ class TestClasses:
         assert runs["plain"] == 1
 
 
+class TestTags:
+    @pytest.fixture
+    def price(self, app, runs):
+        """A task whose results carry tags made from its arguments."""
+
+        @cached_task(app=app, tags=["prices", "sku:{sku}", "{currency}-{order[id]}"])
+        def price(sku, currency="EUR", *, order=None):
+            runs[sku] += 1
+            return runs[sku]
+
+        return price
+
+    def test_tags_are_made_from_the_bound_arguments(self, price):
+        """Defaults and keywords are arguments too; braces work as in ``str.format``."""
+        assert price.cache.tags("a", order={"id": 7}) == ("prices", "sku:a", "EUR-7")
+        assert price.cache.tags(order={"id": 8}, currency="USD", sku=5) == ("prices", "sku:5", "USD-8")
+        with pytest.raises(TypeError):
+            price.cache.tags()
+
+    def test_a_tag_invalidates_the_calls_that_carry_it(self, app, price):
+        """And no others."""
+        order = {"id": 7}
+        for sku in ("a", "b"):
+            assert [price(sku, order=order), price(sku, order=order)] == [1, 1]
+        app.mlcache.invalidate_tags("sku:a")
+        assert [price("a", order=order), price("b", order=order)] == [2, 1]
+        app.mlcache.invalidate_tags("prices")
+        assert [price("a", order=order), price("b", order=order)] == [3, 2]
+
+    def test_a_refreshed_result_carries_them_too(self, app, price):
+        """It is stored as the first one was."""
+        order = {"id": 7}
+        assert price.cache.refresh("a", order=order) == 1
+        assert price("a", order=order) == 1
+        app.mlcache.invalidate_tags("EUR-7")
+        assert price("a", order=order) == 2
+
+    @pytest.mark.parametrize("odd", ["a\nb", "x" * 1024, "\ud800"])
+    def test_arguments_that_make_no_tag_are_a_bypass(self, app, price, runs, odd):
+        """The call runs, nothing is cached that could not be invalidated, and it is counted."""
+        assert [price(odd, order={"id": 7}), price(odd, order={"id": 7})] == [1, 2]
+        assert [price("a"), price("a")] == [1, 2]  # None has no ["id"]
+        assert app.mlcache.stats()["uncacheable_calls"] == 4
+        with pytest.raises(CacheKeyError, match="tag"):
+            price.cache.tags("a")
+
+    def test_each_element_of_a_bound_task(self, app, runs):
+        """``self`` is no argument."""
+
+        @cached_task(app=app, bind=True, tags=["x:{x}"])
+        def bound(self, x):
+            runs[x] += 1
+            return x
+
+        assert [bound(1), bound(1)] == [1, 1]
+        app.mlcache.invalidate_tags("x:1")
+        bound(1)
+        assert runs[1] == 2
+        with pytest.raises(ConfigurationError, match="names 'self'"):
+            cached_task(app=app, bind=True, tags=["{self}"])(lambda self, x: x)
+
+
 class TestDecorator:
     def test_bare_and_shared(self, app, runs):
         """``@cached_task`` without brackets is a shared task: each app has its own, in its own cache."""
@@ -537,6 +599,34 @@ class TestDecorator:
         with pytest.raises(ConfigurationError, match="ttl must be"):
             Options.of({"ttl": ttl}, "anything")
 
+    @pytest.mark.parametrize(
+        ("tags", "complaint"),
+        [
+            ("sku:{sku}", "tags must be a list, tuple or set of str"),
+            (
+                ["sku:{skuu}"],
+                r"function: the tag 'sku:{skuu}' names 'skuu', which is no argument of the task \(sku, x\)",
+            ),
+            (["{0}"], "names '0', which is no argument"),
+            (["{}"], "names '', which is no argument"),
+            (["sku:{sku"], "the tag 'sku:{sku' is no template"),
+            ([""], "must not be empty"),
+            ([5], "must be a str"),
+            (["a\nb"], "control characters"),
+        ],
+    )
+    def test_wrong_tags_are_refused_at_once(self, app, tags, complaint):
+        """Where they are written, with what is allowed; also in ``mlcache={...}``."""
+
+        def function(sku, x=1):
+            return sku
+
+        with pytest.raises(ConfigurationError, match=complaint):
+            cached_task(app=app, tags=tags)(function)
+        task = app.task(base=CachedTask, mlcache={"tags": tags}, name="function")(function)
+        with pytest.raises(ConfigurationError, match=complaint):
+            _ = task.cache
+
     def test_an_unknown_option_is_named(self, app):
         """An option of ``mlcache={...}`` that does not exist is named, with those that do."""
 
@@ -544,7 +634,7 @@ class TestDecorator:
         def anything():
             return 1
 
-        with pytest.raises(ConfigurationError, match=r"anything: mlcache option tll is unknown; there are ttl"):
+        with pytest.raises(ConfigurationError, match=r"anything: mlcache option tll is unknown; there are ttl, tags"):
             _ = anything.cache
 
     @pytest.mark.parametrize("kind", ["app.task", "shared_task", "instance", "number", "name"])
