@@ -128,6 +128,11 @@ class Board:
     def phase(self, phase: int) -> None:
         self._map[0] = phase
 
+    def close(self) -> None:
+        """Let go of the file."""
+        self._map.close()
+        self._file.close()
+
     def ask_to_leave(self, slot: int, value: int = 1) -> None:
         """Have the process of *slot* end in good order (0: no more)."""
         self._map[_LEAVE_AT + slot] = value
@@ -171,7 +176,7 @@ class LabProcess:
         self.cache: CacheManager = create_cache_manager(**spec.settings)
         self.numbers = {name: number for number, name in enumerate(spec.names)}
         self.mail = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.mail.setblocking(False)  # noqa: FBT003 - the standard library's
+        self.mail.setblocking(False)
         address = folder / f"mail-{spec.slot}"
         address.unlink(missing_ok=True)
         self.mail.bind(str(address))
@@ -276,7 +281,7 @@ class _Worker:
             def loader() -> str:
                 start = time.monotonic()
                 version = self.board.row(key)
-                self.process.recorder.load(self.thread, deed.seq, key, start, time.monotonic(), version)
+                self.process.recorder.load(self.thread, deed.seq, key, version, start=start, end=time.monotonic())
                 time.sleep(dawdle)
                 return text_of(self.keys[key], version)
 
@@ -291,7 +296,7 @@ class _Worker:
     # ---- writing ------------------------------------------------------------------------------------------------
 
     def _set_many(self, count: int) -> None:
-        keys = self.rng.sample([each for each in range(len(self.keys))], min(count, len(self.keys)))
+        keys = self.rng.sample(range(len(self.keys)), min(count, len(self.keys)))
         # All keys of one call share their tags.
         keys = [each for each in keys if self._tags(each) == self._tags(keys[0])]
         rows = {key: self._commit(key) for key in keys}

@@ -27,7 +27,7 @@ from tests.faults import nemesis
 from tests.faults.lab_process import END, FINISHED, HEAL_WITHIN, PARKED, QUIET, READ, RUN, STARTED, Board, Habits, Spec
 from tests.faults.nemesis import ALL, Fault, Mood
 from tests.support import laws, logs, processes
-from tests.support.history import READS, Note, Op, Outcome, Verb, read_history
+from tests.support.history import READS, Note, Outcome, Verb, read_history
 from tests.support.laws import Case, Violation
 from tests.support.monitor import Monitor
 from tests.support.oracle import Oracle, Reload, Stored, version_in
@@ -184,6 +184,7 @@ class _Round:
         self.folder = Path(tempfile.mkdtemp(prefix="mlcache-lab-"))
         stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         self.board = Board(self.folder / "board", len(plan.keys))
+        stack.callback(self.board.close)
         self.server = stack.enter_context(RedisServer())
         self.monitor = Monitor(self.server.port, self.folder / "monitor")
         stack.callback(self.monitor.close)
@@ -256,9 +257,7 @@ class _Round:
             raise AssertionError("the machine's clock was changed during the round: nothing can be concluded")
         tags = {key: tags for key, tags in TAGS.items() if key in self.plan.keys}
         oracle = Oracle(NAMES, self.plan.keys, tags, offset).feed(self.monitor.read(), self.reloads)
-        case = Case(
-            ops, oracle, DELTA, PATIENCE, final=final, killed=frozenset(self.killed), stops=self.stops, now=now
-        )
+        case = Case(ops, oracle, DELTA, PATIENCE, final=final, killed=frozenset(self.killed), stops=self.stops, now=now)
         violations = laws.check(case)
         reads = [op for op in ops if op.verb in READS and op.outcome is Outcome.DONE]
         hits = sum(Note.LOCAL in op.note for op in reads)
@@ -417,6 +416,9 @@ HABITS: dict[str, Habits] = {
         long_load=0.02,
         threads=3,
     ),
+    "waiting": Habits(
+        {"GET": 5, "GET_OR_SET": 60, "DELETE": 8, "TAG": 2, "SET": 1}, dawdle=0.9, long_load=0.0, threads=5
+    ),
     "reading": Habits({"GET": 60, "GET_MANY": 10, "SET": 1, "DELETE": 1, "GET_OR_SET": 10, "TAG": 0.5}, pause=0.008),
     "writing": Habits({"GET": 40, "SET": 15, "SET_MANY": 6, "ADD": 4, "TOUCH": 4, "DELETE": 8, "CLEAR": 0.5}),
 }
@@ -456,14 +458,12 @@ MUTANT_PLANS: dict[str, Plan] = {
 }
 
 
-def run_mutant(name: str, seed: int, *, tries: int = 4) -> tuple[Verdict, float]:
+def run_mutant(name: str, seed: int, *, plan: Plan | None = None, tries: int = 4) -> tuple[Verdict, float]:
     """Run rounds with a mutant until it is caught; return the last verdict and the seconds that it took."""
     began = time.monotonic()
-    plan = replace(MUTANT_PLANS[name], mutant=name)
+    plan = replace(plan or MUTANT_PLANS[name], mutant=name)
     for attempt in range(tries):
         verdict = run_round(seed + attempt, plan)
         if verdict.violations:
             break
     return verdict, time.monotonic() - began
-
-

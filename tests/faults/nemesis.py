@@ -8,7 +8,6 @@ not certain.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALL = -1  # every proxy, or the server
@@ -40,11 +39,12 @@ SERVER_VERBS = {
     "lose_tags": 1,
 }
 PROCESS_VERBS = {"sigkill": 3, "sigstop": 4, "recycle": 2}
-LASTING = frozenset(
+MENDED_LATER = frozenset(
     {"cut", "deaf", "deaf_drop", "delay", "delay_reply", "jitter", "drop_pushes", "garbage", "freeze", "sigstop"}
+    | {"drop_push", "truncate"}  # which may still be waiting for their chance
 )
-MENDED_LATER = LASTING | {"drop_push", "truncate"}  # what may still be waiting for its chance
 END_OF = {"freeze": "thaw", "sigstop": "sigcont"}
+ENDS = frozenset({"mend", *END_OF.values()})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -99,22 +99,23 @@ def schedule(seed: int, seconds: float, slots: int, mood: Mood) -> list[Fault]:
         lasts = rng.choice(mood.lasts) * rng.uniform(0.5, 1.0)
         amount = _amount(rng, verb)
         at += rng.expovariate(1 / mood.gap)
-        parties = _parties(verb, target, slots)
+        hit = parties(verb, target, slots)
         # A mending ends all that is wrong with a proxy: what is under way there is not cut short by another fault.
-        if at >= seconds - 0.5 or any(busy_until.get(party, 0.0) >= at for party in parties):
+        if at >= seconds - 0.5 or any(busy_until.get(party, 0.0) >= at for party in hit):
             continue
         faults.append(Fault(round(at, 3), verb, target, amount))
         if verb in MENDED_LATER:
             end = round(min(at + lasts, seconds - 0.2), 3)
             faults.append(Fault(end, END_OF.get(verb, "mend"), target, float(verb == "deaf_drop")))
-            busy_until.update(dict.fromkeys(parties, end))
+            busy_until.update(dict.fromkeys(hit, end))
     return sorted(faults)
 
 
-def _parties(verb: str, target: int, slots: int) -> list[tuple[str, int]]:
-    if verb in SERVER_VERBS:
+def parties(verb: str, target: int, slots: int) -> list[tuple[str, int]]:
+    """Return whom a verb is about: the server, or proxies or processes by slot."""
+    if verb in SERVER_VERBS or verb == "thaw":
         return [("server", ALL)]
-    kind = "proxy" if verb in PROXY_VERBS else "process"
+    kind = "process" if verb in PROCESS_VERBS or verb == "sigcont" else "proxy"
     return [(kind, slot) for slot in range(slots) if target in {ALL, slot}]
 
 
@@ -139,8 +140,3 @@ def _amount(rng: random.Random, verb: str) -> float:
     if verb == "truncate":
         return rng.randint(0, 40)
     return 0.0
-
-
-def describe(faults: Sequence[Fault]) -> str:
-    """Return the schedule as text, for failure messages."""
-    return ", ".join(f"{fault.at:.2f} {fault}" for fault in faults)

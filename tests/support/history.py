@@ -63,6 +63,7 @@ class Outcome(IntEnum):
 class Note(IntFlag):
     """What the process's counters say of an operation."""
 
+    NONE = 0
     CLEAN = 1  # no error, nothing rejected, nothing dropped meanwhile in the whole process
     LOCAL = 2  # L1 alone was asked
 
@@ -88,7 +89,7 @@ class Op:
     outcome: Outcome = Outcome.UNKNOWN
     version: int = 0
     stamp: int = 0
-    note: Note = Note(0)
+    note: Note = Note.NONE
 
     def __str__(self) -> str:
         """Say it as a person would."""
@@ -112,7 +113,7 @@ class Deed:
     def __init__(self, verb: Verb, seq: int) -> None:
         self.verb, self.seq = verb, seq
         self.outcome = Outcome.UNKNOWN
-        self.note = Note(0)
+        self.note = Note.NONE
         self.answers: dict[int, tuple[Outcome, int]] = {}  # by key, where keys differ: outcome and version
         self.stamp = 0
 
@@ -157,7 +158,7 @@ class Recorder:
                 )
             os.write(self._file, ended)
 
-    def load(self, thread: int, seq: int, key: int, start: float, end: float, version: int) -> None:  # noqa: D417
+    def load(self, thread: int, seq: int, key: int, version: int, *, start: float, end: float) -> None:
         """Record that a loader of operation *seq* read *version* between *start* and *end*."""
         os.write(
             self._file,

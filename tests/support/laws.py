@@ -215,9 +215,7 @@ class _Process:
                     self._raise(op.key, Known(event.pos, RESURRECTION, op, event.stamp))
         elif op.outcome is Outcome.DONE:
             spans = [
-                span
-                for span in self.oracle.spans.get((op.key, op.version), ())
-                if span.began.low - MARGIN <= op.end
+                span for span in self.oracle.spans.get((op.key, op.version), ()) if span.began.low - MARGIN <= op.end
             ]
             loads = self._loads_of(op)
             problems = [self._problem_of_span(op, span, allowed) for span in spans]
@@ -436,4 +434,6 @@ def render(violations: Sequence[Violation], zero: float, faults: Sequence[tuple[
         for at, name, text in rows
     ]
     summary = ", ".join(f"{count} x {law}" for law, count in sorted(counts.items()))
-    return "\n".join([f"{shown.law}: {shown.why}", head.rstrip(), *(each.rstrip() for each in body), f"in all: {summary}"])
+    return "\n".join(
+        [f"{shown.law}: {shown.why}", head.rstrip(), *(each.rstrip() for each in body), f"in all: {summary}"]
+    )

@@ -15,11 +15,11 @@ from celery_mlcache.coherence import Act, Coherence, Ticket
 from celery_mlcache.floors import Floors
 from celery_mlcache.local import Local
 from celery_mlcache.remote import Script
-from celery_mlcache.tier import Tier, Tickets
+from celery_mlcache.tier import Tickets, Tier
 from celery_mlcache.wire import Message
 
 
-class CannotPlant(RuntimeError):
+class CannotPlantError(RuntimeError):
     """The product does not have what the mutant takes out; the text says what."""
 
 
@@ -28,7 +28,7 @@ def plant(name: str) -> None:
 
     Raises:
         KeyError: There is no such mutant.
-        CannotPlant: The product does not have (any more) what it takes out.
+        CannotPlantError: The product does not have (any more) what it takes out.
     """
     MUTANTS[name]()
 
@@ -123,7 +123,9 @@ def _own_write() -> None:
 def _fence() -> None:
     """A fill is a plain add: nothing that happened since its miss refuses it."""
     _replace(Coherence, "fence", lambda self, ticket, token, *rest: token)
-    _rewrite("comparison", "fill", "elseif stamp <= token and invalidated(KEYS[i], tags) <= token then", "elseif true then")
+    _rewrite(
+        "comparison", "fill", "elseif stamp <= token and invalidated(KEYS[i], tags) <= token then", "elseif true then"
+    )
 
 
 def _barrier() -> None:
@@ -154,7 +156,7 @@ def _tag_record() -> None:
 
 def _replace(owner: type, name: str, new: Callable[..., Any]) -> None:
     if not hasattr(owner, name):
-        raise CannotPlant(f"{owner.__name__} has no {name}")
+        raise CannotPlantError(f"{owner.__name__} has no {name}")
     setattr(owner, name, new)
 
 
@@ -166,7 +168,7 @@ def _rewrite(what: str, script: str, old: str, new: str = "redis.call('DEL', KEY
         load(self, name)
         if name == script:
             if old not in self.source:
-                raise CannotPlant(f"{script}.lua has no {what}")
+                raise CannotPlantError(f"{script}.lua has no {what}")
             self.source = self.source.replace(old, new)
             self.sha = _sha(self.source)
 

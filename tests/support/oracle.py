@@ -87,7 +87,7 @@ class Reload:
     values: Mapping[str, Stored]
 
 
-class Blind(AssertionError):
+class BlindError(AssertionError):
     """The witness saw something that the oracle cannot follow: nothing can be concluded."""
 
 
@@ -150,12 +150,12 @@ class Oracle:
         elif verb in _FLUSHES:
             self._break(Event(self._pos, low, seen.at, "gone"), self.keys)
         elif verb != "PUBLISH" and any(self._key(each) for each in args):
-            raise Blind(f"{verb} of a value: {args}")
+            raise BlindError(f"{verb} of a value: {args}")
 
     def _announce(self, data: bytes, low: float, high: float) -> None:
         message = parse_message(data)
         if message is None:
-            raise Blind(f"an announcement that is none: {data!r}")
+            raise BlindError(f"an announcement that is none: {data!r}")
         tags, prefixes = getattr(message, "tags", ()), getattr(message, "prefixes", ())
         kind = {b"W": "write", b"D": "delete"}.get(data.split(b"\n")[1], "flush")
         kind = "tag" if tags else "prefix" if prefixes else kind
@@ -178,7 +178,7 @@ class Oracle:
         stamp, expires_ms, kind = split
         if kind == KIND_TOMBSTONE:
             if key in self._live:
-                raise Blind(f"a tombstone of {key} that was not announced")
+                raise BlindError(f"a tombstone of {key} that was not announced")
             return
         version = version_in(args[1], key)
         said, named = self._said or (None, set())

@@ -1,4 +1,4 @@
-"""The laboratory's checker on histories written by hand: each law once broken and seen, and once kept and not accused."""
+"""The laboratory's checker on histories written by hand: each law broken and seen, kept and not accused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support import laws
 from tests.support.history import Note, Op, Outcome, Recorder, Verb, read_history
 from tests.support.laws import Case, check, render
 from tests.support.monitor import Seen
-from tests.support.oracle import Blind, Oracle, Reload, Stored, text_of, version_in
+from tests.support.oracle import BlindError, Oracle, Reload, Stored, text_of, version_in
 
 NAMES = RedisNames("t")
 OFFSET = 1_000_000.0  # of the server's clock
@@ -103,6 +103,7 @@ class Story:
 
 @pytest.fixture
 def story() -> Story:
+    """An empty story."""
     return Story()
 
 
@@ -210,7 +211,7 @@ class TestReadYourWrites:
         story.delete("b", 2)
         story.read("b", 2.1, 1)
         assert story.verdict() == [laws.OWN]
-        story.ops[1] = replace(story.ops[1], note=Note(0))
+        story.ops[1] = replace(story.ops[1], note=Note.NONE)
         assert story.verdict() == []
 
     def test_an_acknowledged_write_that_nobody_saw(self, story):
@@ -273,7 +274,7 @@ class TestNoResurrection:
         """A miss because L2 did not answer tells nothing."""
         story.write("a", 1, 1)
         story.delete("a", 2)
-        story.read("b", 2.1, None, note=Note(0))
+        story.read("b", 2.1, None, note=Note.NONE)
         story.read("b", 2.2, 1)
         assert story.verdict() == []
 
@@ -382,10 +383,10 @@ class TestCausalHandOff:
     def test_any_key(self, story):
         """The token is of everything that its sender had seen."""
         story.write("a", 1, 1, "m")
-        story.write("a", 1.5, 2, "m")
+        story.write("a", 1.8, 2, "m")
         self.hand_off(story, story.write("a", 2, 2))
         story.read("b", 2.1, 1, "m")
-        assert story.verdict() == [laws.CAUSAL, laws.STALE][:1]
+        assert story.verdict() == [laws.CAUSAL]
 
     def test_as_new_as_the_sender_saw(self, story):
         """And what came later."""
@@ -579,7 +580,7 @@ class TestTheTelling:
     def test_what_the_oracle_cannot_follow(self, story):
         """A command on a value that it does not know ends the round: nothing can be concluded."""
         story.server._run(1, "APPEND", NAMES.value("k"), "x")
-        with pytest.raises(Blind, match="APPEND"):
+        with pytest.raises(BlindError, match="APPEND"):
             story.verdict()
 
 
@@ -591,7 +592,7 @@ class TestRecords:
         with recorder.doing(1, Verb.GET_MANY, [0, 1]) as deed:
             deed.answers = {0: (Outcome.DONE, 7), 1: (Outcome.MISS, 0)}
             deed.note = Note.CLEAN
-            recorder.load(1, deed.seq, 0, 1.0, 2.0, 7)
+            recorder.load(1, deed.seq, 0, 7, start=1.0, end=2.0)
         with pytest.raises(ValueError, match="oops"), recorder.doing(0, Verb.SET, [1], [9]):
             raise ValueError("oops")
         hung = recorder.doing(0, Verb.DELETE, [0])
