@@ -28,7 +28,7 @@ from tests.faults.lab_process import END, FINISHED, HEAL_WITHIN, PARKED, QUIET, 
 from tests.faults.nemesis import ALL, Fault, Mood
 from tests.support import laws, logs, processes
 from tests.support.history import READS, Note, Outcome, Verb, read_history
-from tests.support.laws import Case, Violation
+from tests.support.laws import Case, Line, Violation
 from tests.support.monitor import Monitor
 from tests.support.oracle import Oracle, Reload, Stored, version_in
 from tests.support.proxy import Proxy
@@ -215,13 +215,24 @@ class _Round:
             self._inflict(fault)
         self._pause_until(self.zero + self.plan.seconds)
         self._mend_all()
+        self._wait_for(STARTED, 30)  # the last successors
         self.board.phase = QUIET
-        is_parked = self._wait_for(PARKED, PATIENCE + 2)
-        final = self._last_reads() if is_parked else {}
+        final = self._last_reads() if self._wait_for(PARKED, PATIENCE + 2) else {}
         self.offsets.append(_offset())
         now = time.monotonic()
+        unwell = [self._unwell(member, now) for member in self.members]
         self.board.phase = END
-        return self._judge(final, now, len(faults), began)
+        verdict = self._judge(final, now, len(faults), began)
+        return self._told(verdict, [each for each in unwell if each is not None])
+
+    def _unwell(self, member: _Member, now: float) -> Violation | None:
+        """Return what is wrong with a process that did not come to the end of its last reads."""
+        if member.is_running and self.board.state(member.slot) == FINISHED:
+            return None
+        law = laws.HANG if member.is_running else laws.EXCEPTION
+        code = member.process.poll() if member.process is not None else None
+        why = "does not come to rest" if member.is_running else f"ended with {code}"
+        return Violation(law, f"{member.who} {why}", [Line(now, member.who, why)])
 
     def _last_reads(self) -> dict[str, int]:
         """Have everybody read everything once more; return what L2 held all the while."""
@@ -263,18 +274,21 @@ class _Round:
         hits = sum(Note.LOCAL in op.note for op in reads)
         events = sum(len(each) for each in oracle.states.values())
         count = sum(op.verb not in {Verb.COMMIT, Verb.LOAD} for op in ops)
-        verdict = Verdict(
+        return Verdict(
             self.seed, self.plan, violations, count, len(reads), hits, faults, events, time.monotonic() - began
         )
-        if violations:
+
+    def _told(self, verdict: Verdict, unwell: list[Violation]) -> Verdict:
+        verdict.violations += unwell
+        if verdict.violations:
             mutant = f", mutant {self.plan.mutant}" if self.plan.mutant else ""
             verdict.text = (
                 f"seed {self.seed}, {self.plan.processes} processes, {self.plan.seconds:g} s{mutant}\n"
-                + laws.render(violations, self.zero, self.faults)
+                + laws.render(verdict.violations, self.zero, self.faults)
             )
-        keep = os.environ.get("MLCACHE_LAB_KEEP")
-        if violations and keep and not self.plan.mutant:
-            shutil.copytree(self.folder, Path(keep) / f"seed-{self.seed}-{int(time.time())}", dirs_exist_ok=True)
+            keep = os.environ.get("MLCACHE_LAB_KEEP")  # a folder for the files of rounds that failed
+            if keep and not self.plan.mutant:
+                shutil.copytree(self.folder, Path(keep) / f"seed-{self.seed}-{int(time.time())}", dirs_exist_ok=True)
         return verdict
 
     # ---- faults -------------------------------------------------------------------------------------------------
