@@ -98,12 +98,12 @@ def schedule(seed: int, seconds: float, slots: int, mood: Mood) -> list[Fault]:
         verb, target = _draw(rng, mood, slots)
         lasts = rng.choice(mood.lasts) * rng.uniform(0.5, 1.0)
         amount = _amount(rng, verb)
-        at += rng.expovariate(1 / mood.gap)
+        at = round(at + rng.expovariate(1 / mood.gap), 3)
         hit = parties(verb, target, slots)
         # A mending ends all that is wrong with a proxy: what is under way there is not cut short by another fault.
         if at >= seconds - 0.5 or any(busy_until.get(party, 0.0) >= at for party in hit):
             continue
-        faults.append(Fault(round(at, 3), verb, target, amount))
+        faults.append(Fault(at, verb, target, amount))
         if verb in MENDED_LATER:
             end = round(min(at + lasts, seconds - 0.2), 3)
             faults.append(Fault(end, END_OF.get(verb, "mend"), target, float(verb == "deaf_drop")))
