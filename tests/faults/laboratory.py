@@ -449,6 +449,7 @@ _FILLS = Habits(
 )
 _WRITERS = Habits({"GET": 50, "SET": 20, "SET_MANY": 5}, pause=0.003, ttls=(None,), handoff=0.0)
 _READERS = Habits({"GET": 70, "GET_MANY": 10, "SET": 1}, pause=0.004, ttls=(None,), handoff=0.0)
+_REMOVERS = replace(_READERS, weights={"GET": 60, "SET": 10, "DELETE": 10}, threads=4)
 _TAGS = replace(_READERS, weights={"GET": 40, "GET_OR_SET": 30, "SET": 5, "TAG": 15})
 _LATE = Mood(0.15, (1, 0, 0), ("jitter", "delay_reply"))
 _DEAF = Mood(0.3, (1, 0, 0), ("deaf", "drop_pushes"), (1.0, 2.0))
@@ -468,6 +469,10 @@ MUTANT_PLANS: dict[str, Plan] = {
     "barrier": replace(_SMALL, habits=replace(_READERS, weights={"GET": 60, "SET": 6}, handoff=1.0), mood=_LATE),
     "expiry": replace(_SMALL, habits=replace(_READERS, weights={"GET": 60, "SET": 6}, ttls=(0.15, 0.3)), mood=Mood(0)),
     "tag_floor": replace(_SMALL, keys=("a0", "a2", "b1"), habits=_TAGS, mood=_LATE),
+    "prefix_floor": replace(_WIDE, habits=replace(_READERS, weights={"GET": 50, "SET": 5, "PREFIX": 2}), mood=Mood(0)),
+    "flight": replace(_SMALL, habits=replace(_FILLS, dawdle=0.2, threads=4), mood=Mood(0)),
+    "miss": replace(_SMALL, habits=_REMOVERS, mood=_LATE),
+    "regress": replace(_WIDE, habits=_READERS, mood=Mood(0.5, (0, 1, 0), ("restart_lossy",))),
     "tag_record": replace(_SMALL, keys=("a0", "a2", "b1"), habits=_TAGS, mood=Mood(0)),
 }
 

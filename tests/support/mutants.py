@@ -154,6 +154,27 @@ def _tag_record() -> None:
     _rewrite("tags", "read", "stamp < newest and tags_of(data, KIND_AT) or {}", "{}")
 
 
+def _prefix_floor() -> None:
+    """L1 does not know that a prefix was invalidated."""
+    _replace(Floors, "raise_prefix", lambda self, prefix, stamp: None)
+    _replace(Local, "void_prefix", lambda self, prefix, stamp: None)
+
+
+def _flight() -> None:
+    """Whoever comes while a loader runs shares its result, whatever has happened since it began."""
+    _replace(Coherence, "is_current", lambda self, *flight: True)
+
+
+def _miss() -> None:
+    """A miss in L2 does not refuse what a slower read of the same process brings."""
+    _replace(Tier, "missed", lambda self, ticket, snapshot: None)
+
+
+def _regress() -> None:
+    """Nobody tells the server what he has seen: that it came back with older data goes unnoticed."""
+    _replace(Tier, "highest_stamp", lambda self: 0)
+
+
 def _replace(owner: type, name: str, new: Callable[..., Any]) -> None:
     if not hasattr(owner, name):
         raise CannotPlantError(f"{owner.__name__} has no {name}")
@@ -193,5 +214,9 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "expiry": _expiry,
     "tag_floor": _tag_floor,
     "tag_record": _tag_record,
+    "prefix_floor": _prefix_floor,
+    "flight": _flight,
+    "miss": _miss,
+    "regress": _regress,
 }
 NAMES: Sequence[str] = tuple(MUTANTS)
