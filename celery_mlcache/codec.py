@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from celery_mlcache import wire
-from celery_mlcache.errors import CodecError, ConfigurationError, SerializationError
+from celery_mlcache.errors import CodecError, ConfigurationError, SerializationError, is_interrupt
 from celery_mlcache.protocols import Decoded
 from celery_mlcache.typed import BODY_ERRORS, SCALARS, dump_typed, load_typed, type_name
 
@@ -55,11 +55,6 @@ _COUNTER: Final = re.compile(rb"0|-?[1-9][0-9]{0,15}")  # as Lua's "%.0f" writes
 _BODY_ERRORS: Final = (*BODY_ERRORS, zlib.error)
 
 
-def _is_interrupt(exc: Exception) -> bool:
-    """A soft time limit, raised by a signal handler in the middle of foreign code, is no fault of the bytes."""
-    return type(exc).__module__.partition(".")[0] in {"billiard", "celery"}
-
-
 # --- other serializers --------------------------------------------------------------------------------------------
 
 
@@ -73,7 +68,7 @@ class _Pickle:
         try:
             return pickle.dumps(value, 5)
         except Exception as exc:  # whatever a user's __reduce__ raises
-            if _is_interrupt(exc):
+            if is_interrupt(exc):  # a soft time limit, raised in the middle of foreign code, is no fault of the bytes
                 raise
             raise SerializationError("value", type_name(value), f"does not pickle: {exc}") from exc
 
@@ -456,7 +451,7 @@ class Codec:
         try:
             return self._thaw(ident)(body)
         except Exception as exc:  # whatever a user's __setstate__ raises
-            if _is_interrupt(exc):
+            if is_interrupt(exc):  # a soft time limit, raised in the middle of foreign code, is no fault of the bytes
                 raise
             raise CodecError("body") from exc
 

@@ -49,6 +49,7 @@ class Departure:
 
     Attributes:
         ticket: Its ticket.
+        began: Monotonic time.
         newest: The newest invalidation of any tag or prefix when it began.
         barrier: What was required when it began.
         token: The counter when it read its miss; 0: not yet.
@@ -56,6 +57,7 @@ class Departure:
     """
 
     ticket: Ticket
+    began: float
     newest: int
     barrier: int
     token: int = 0
@@ -188,14 +190,15 @@ class Coherence:
         """Note that *stamp* exists."""
         self.highest = max(self.highest, stamp)
 
-    def is_current(self, flight: Departure, age: float) -> bool:
-        """May a newcomer share the answer of a flight, *age* seconds old?
+    def is_current(self, flight: Departure, now: float) -> bool:
+        """May a newcomer share the answer of a flight?
 
         Not if anything happened to the key or to one of the tags since, nor if a barrier was raised after the flight
-        began. Without a lease nothing tells what happened, so only a flight that is younger than the bound will do.
+        began. Without a fresh proof nothing tells what happened: only a flight younger than the bound will do then.
         """
         ticket, token = flight.ticket, flight.token
-        is_covered = not self._synced or self.is_proven or age <= self._delta
+        is_proven = self.is_proven and now < self._proof_until
+        is_covered = not self._synced or is_proven or now - flight.began <= self._delta
         is_untouched = ticket.epoch == self.epoch and ticket.raised <= token
         # Before it has read its miss it may read a value with tags that nobody knows yet.
         is_tag_untouched = self.floors.of_tags(flight.tags) <= token if token else self.floors.newest <= flight.newest
@@ -293,8 +296,9 @@ class Coherence:
         if stamp <= self.applied:
             return Act()
         if not self._synced:
-            # Nobody will tell when it has been applied: start again with an empty L1.
+            # Nobody will tell when it has been applied: start again with an empty L1. The token hands it on.
             self.void()
+            self.seen = max(self.seen, stamp)
             return Act(void="barrier")
         # The time of the last one, even if it asks for less: lifting a bogus one must not lift it too.
         self.required, self._barrier_at = max(stamp, self.required), now

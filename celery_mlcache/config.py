@@ -326,6 +326,9 @@ class CacheConfig(BaseSettings):
     tombstone_ttl: _Number = Field(
         60.0, ge=0.5, le=_DAY, description="Seconds a delete refuses late fills; 10 times staleness_bound at least"
     )
+    causal_tokens: bool = Field(
+        True, description="Celery messages and results carry tokens: nobody reads older than their sender had"
+    )
     circuit_threshold: _Count = Field(3, ge=1, le=1000, description="Failures in a row that open the circuit breaker")
     circuit_reset: _Number = Field(1.0, gt=0, le=_HOUR, description="Seconds until an open breaker lets one call try")
     single_flight_wait: _Number = Field(

@@ -1,7 +1,7 @@
 """The error tree. Every error survives pickling: Celery ships exceptions between processes.
 
-What may live here: exception classes, nothing else. ``args`` always holds exactly what ``__init__`` takes,
-so that ``pickle.loads(pickle.dumps(e))`` builds the same error again.
+What may live here: exception classes and a question about foreign ones. ``args`` always holds exactly what
+``__init__`` takes, so that ``pickle.loads(pickle.dumps(e))`` builds the same error again.
 
 ::
 
@@ -18,6 +18,11 @@ so that ``pickle.loads(pickle.dumps(e))`` builds the same error again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def is_interrupt(exc: BaseException) -> bool:
+    """Return whether *exc* is Celery's or billiard's: a soft time limit, Retry, Ignore. Nobody may swallow those."""
+    return type(exc).__module__.partition(".")[0] in {"billiard", "celery"}
 
 
 class MLCacheError(Exception):

@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -35,6 +36,7 @@ from celery_mlcache.errors import (
     NotAnIntegerError,
     RemoteStoreError,
     SerializationError,
+    is_interrupt,
 )
 from celery_mlcache.keys import check_key, check_prefix, check_tags, format_token, parse_token
 from celery_mlcache.protocols import Fence, RemoteStore, Shelved, Snapshot, ValueCodec
@@ -44,7 +46,7 @@ from celery_mlcache.tier import Tier
 from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER
 
 T = TypeVar("T")
-_Options = tuple[float | None, tuple[str, ...]]  # ttl, tags
+_Options = tuple[float | None, tuple[str, ...], float]  # ttl, tags, stale_ttl
 _Sum = tuple[int, int, float, tuple[str, ...]]  # stamp, number, seconds left, tags
 _Collection = list[str] | tuple[str, ...] | set[str] | frozenset[str]
 
@@ -81,21 +83,6 @@ class Parts:
     abandon: Callable[[], None] | None = None  # in a forked child: let go of inherited sockets
 
 
-class _Lead:
-    """A flight's departure, and when it was."""
-
-    __slots__ = ("began", "clock", "departure", "tier")
-
-    def __init__(self, tier: Tier, departure: Departure, clock: Callable[[], float]) -> None:
-        self.tier = tier
-        self.departure = departure
-        self.clock = clock
-        self.began = clock()
-
-    def is_current(self) -> bool:
-        return self.tier.is_current(self.departure, self.clock() - self.began)
-
-
 @dataclass(slots=True)
 class _Found:
     """What L2 said of one key, and what became of it."""
@@ -119,6 +106,7 @@ class _Draft:
     tail: bytes
     shelved: Shelved
     life: float  # seconds
+    stale_life: float = 0.0  # seconds beyond it
 
 
 class CacheManager:
@@ -241,10 +229,11 @@ class CacheManager:
 
     # ---- reading --------------------------------------------------------------------------------------------
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(self, key: str, default: Any = None, *, stale: bool = False) -> Any:
         """Return the value of *key*, or *default*.
 
-        ``None`` is a value; ask with ``default=MISS`` to tell it from a miss.
+        ``None`` is a value; ask with ``default=MISS`` to tell it from a miss. With *stale*, a value that was stored
+        with a ``stale_ttl`` and has expired since will do where there is no other: one more round trip.
 
         Raises:
             CacheKeyError: *key* cannot be a key.
@@ -262,9 +251,9 @@ class CacheManager:
             if now < lease and now < entry.deadline:
                 self._l1_hits += 1
                 return entry.value if entry.thaw is None else entry.thaw(entry.value)
-        return self._get_slow(key, default)
+        return self._get_slow(key, default, is_lenient=stale)
 
-    def _get_slow(self, key: str, default: Any) -> Any:
+    def _get_slow(self, key: str, default: Any, *, is_lenient: bool) -> Any:
         parts = self._parts or self._start()
         key = check_key(key)
         value = parts.tier.look(key)
@@ -275,7 +264,8 @@ class CacheManager:
         if value is not MISS:
             return value
         parts.stats.misses += 1
-        return default
+        stale = self._find_stale(parts, key) if is_lenient else None
+        return default if stale is None else stale.read()
 
     def exists(self, key: str) -> bool:
         """Return whether *key* has a live value; loads nothing into L1. Raises as :meth:`get`."""
@@ -320,7 +310,15 @@ class CacheManager:
 
     # ---- reading or loading ---------------------------------------------------------------------------------
 
-    def get_or_set(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: _Collection = ()) -> T:
+    def get_or_set(
+        self,
+        key: str,
+        loader: Callable[[], T],
+        ttl: float | None = None,
+        *,
+        tags: _Collection = (),
+        stale_ttl: float = 0.0,
+    ) -> T:
         """Return the value of *key*; on a miss run *loader* and keep its result.
 
         The loader runs once at a time for a key in this process; other callers wait for it, at most
@@ -334,9 +332,11 @@ class CacheManager:
             loader: Called without arguments.
             ttl: Seconds of life, > 0 and finite; None for the default.
             tags: What the result can be invalidated by, beside its key: see :meth:`invalidate_tags`.
+            stale_ttl: Seconds for which the result is kept in L2 after it has expired, and served where a later
+                *loader* raises an ``Exception`` (counted as ``stale_served``); 0: not at all.
 
         Raises:
-            Exception: Whatever *loader* raises, unchanged; nothing is stored then.
+            Exception: Whatever *loader* raises, unchanged, if there is nothing stale; nothing is stored then.
             CacheKeyError: *key* cannot be a key, or one of *tags* cannot be a tag.
             TypeError: *tags* is not a list, tuple or set.
             ValueError: *ttl* is out of range.
@@ -346,6 +346,8 @@ class CacheManager:
         if ttl is not None:
             check_ttl(ttl)
         checked = check_tags(tags) if tags else ()
+        if stale_ttl:
+            check_stale_ttl(stale_ttl)
         lease = self._coherence.lease_until  # as in get(), and written out for the same reason
         try:
             entry = self._front_get(key)
@@ -357,7 +359,7 @@ class CacheManager:
                 self._l1_hits += 1
                 value: T = entry.value if entry.thaw is None else entry.thaw(entry.value)
                 return value
-        loaded: T = self._get_or_set_slow(key, loader, (ttl, checked))
+        loaded: T = self._get_or_set_slow(key, loader, (ttl, checked, stale_ttl))
         return loaded
 
     def _get_or_set_slow(self, key: str, loader: Callable[[], Any], options: _Options) -> Any:
@@ -377,7 +379,7 @@ class CacheManager:
             return flight.result.read()
         with flight, parts.tier.tickets((key,)) as (ticket,):
             departure = parts.tier.depart(ticket, options[1])
-            flight.ticket = _Lead(parts.tier, departure, self._clock)
+            flight.ticket = partial(parts.tier.is_current, departure)
             return self._lead(parts, flight, departure, loader, options)
 
     def _lead(
@@ -393,7 +395,15 @@ class CacheManager:
             flight.land(found.shelved)
             return found.value
         parts.stats.misses += 1
-        loaded = self._load(parts, loader)
+        try:
+            loaded = self._load(parts, loader)
+        except Exception as exc:
+            stale = None if is_interrupt(exc) or not options[2] else self._find_stale(parts, ticket.key)
+            if stale is None:
+                raise
+            log.warning("a loader failed, and a stale value is served", exc_info=exc, extra={"key": ticket.key})
+            flight.land(stale)
+            return stale.read()
         draft = self._draft(parts, found, loaded, options)
         if draft is None:
             flight.land(None)
@@ -419,7 +429,7 @@ class CacheManager:
         parts = self._parts or self._start()
         if ttl is not None:
             check_ttl(ttl)
-        options = (ttl, check_tags(tags))
+        options = (ttl, check_tags(tags), 0.0)
         found, missing = self._look_many(parts, keys)
         if not missing:
             return found
@@ -472,7 +482,7 @@ class CacheManager:
 
     def _draft(self, parts: Parts, found: _Found, value: Any, options: _Options) -> _Draft | None:
         """Return *value* ready to be stored with *options* (ttl, tags), or None where the codec refuses it."""
-        key, (ttl, tags) = found.ticket.key, options
+        key, (ttl, tags, stale_life) = found.ticket.key, options
         try:
             tail = parts.codec.encode(key, value, tags=tags)
             shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
@@ -483,7 +493,7 @@ class CacheManager:
             if parts.stats.unserializable == 1:
                 log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})
             return None
-        return _Draft(found, tail, shelved, self._life(parts, ttl))
+        return _Draft(found, tail, shelved, self._life(parts, ttl), stale_life)
 
     def _fill(self, parts: Parts, drafts: Sequence[_Draft]) -> dict[str, _Found]:
         """Store by fenced adds; return the live values that were there already, by key."""
@@ -516,7 +526,10 @@ class CacheManager:
     ) -> dict[str, _Found]:
         sent_at = self._clock()
         try:
-            outcomes = remote.fill([(draft.found.ticket.key, draft.tail, draft.life, fence) for draft, fence in batch])
+            outcomes = remote.fill(
+                [(draft.found.ticket.key, draft.tail, draft.life, fence) for draft, fence in batch],
+                stale_ttl=batch[0][0].stale_life,
+            )
         except RemoteStoreError as exc:
             self._dropped(parts, exc, len(batch))
             return {}
@@ -566,6 +579,7 @@ class CacheManager:
                     ttl=draft.life,
                     seen=parts.tier.highest_stamp(),
                     fence=fence.token,
+                    stale_ttl=draft.stale_life,
                 )
         except RemoteStoreError as exc:
             self._dropped(parts, exc)
@@ -578,7 +592,9 @@ class CacheManager:
 
     # ---- writing --------------------------------------------------------------------------------------------
 
-    def set(self, key: str, value: Any, ttl: float | None = None, *, tags: _Collection = ()) -> bool:
+    def set(
+        self, key: str, value: Any, ttl: float | None = None, *, tags: _Collection = (), stale_ttl: float = 0.0
+    ) -> bool:
         """Store *value* on every level and invalidate every other process's copy, in one round trip.
 
         Args:
@@ -586,6 +602,7 @@ class CacheManager:
             value: Anything the codec restores exactly; a later change of it does not change the cache.
             ttl: Seconds of life, > 0 and finite; None for the default.
             tags: What it can be invalidated by, beside its key, in place of what it had: see :meth:`invalidate_tags`.
+            stale_ttl: Seconds for which it is kept in L2 after it has expired, for those who take it stale.
 
         Returns:
             Whether it was stored. False: L2 did not take it (counted as ``writes_dropped``), or the cache is off.
@@ -597,19 +614,24 @@ class CacheManager:
             SerializationError: *value* would come back altered; nothing was sent.
             RemoteStoreError: Only with ``strict``.
         """
-        return self._set_many(((key, value),), ttl, tags)
+        return self._set_many(((key, value),), ttl, tags, stale_ttl)
 
-    def set_many(self, mapping: Mapping[str, Any], ttl: float | None = None, *, tags: _Collection = ()) -> bool:
+    def set_many(
+        self, mapping: Mapping[str, Any], ttl: float | None = None, *, tags: _Collection = (), stale_ttl: float = 0.0
+    ) -> bool:
         """Store all of *mapping* (up to 500 keys with one script and one announcement each time).
 
         Every key and value is checked before anything is sent. Returns and raises as :meth:`set`.
         """
-        return self._set_many(tuple(mapping.items()), ttl, tags)
+        return self._set_many(tuple(mapping.items()), ttl, tags, stale_ttl)
 
-    def _set_many(self, items: Sequence[tuple[str, Any]], ttl: float | None, tags: _Collection) -> bool:
+    def _set_many(
+        self, items: Sequence[tuple[str, Any]], ttl: float | None, tags: _Collection, stale_ttl: float
+    ) -> bool:
         parts = self._parts or self._start()
         if ttl is not None:
             check_ttl(ttl)
+        check_stale_ttl(stale_ttl)
         tags = check_tags(tags)
         lots: list[tuple[str, bytes, float]] = []
         shelved = []
@@ -625,7 +647,7 @@ class CacheManager:
                 with self._alone(parts), parts.tier.writing([key for key, _, _ in lot]) as tickets:
                     sent_at = self._clock()
                     if parts.remote is not None:
-                        stamp = parts.remote.write(lot, seen=parts.tier.highest_stamp())
+                        stamp = parts.remote.write(lot, seen=parts.tier.highest_stamp(), stale_ttl=stale_ttl)
                     else:
                         stamp = parts.tier.own_stamp()
                     for ticket, i in zip(tickets, batch, strict=True):
@@ -793,7 +815,15 @@ class CacheManager:
         parts.tier.keep(ticket, parts.tier.own_stamp(), _shelved(entry), (self._clock(), life))
         return True
 
-    def refresh(self, key: str, loader: Callable[[], T], ttl: float | None = None, *, tags: _Collection = ()) -> T:
+    def refresh(
+        self,
+        key: str,
+        loader: Callable[[], T],
+        ttl: float | None = None,
+        *,
+        tags: _Collection = (),
+        stale_ttl: float = 0.0,
+    ) -> T:
         """Run *loader* now, store its result over whatever is cached, and return it.
 
         What happens to the key meanwhile wins: the result is then returned and not stored, for it may be older.
@@ -803,7 +833,7 @@ class CacheManager:
         key = check_key(key)
         if ttl is not None:
             check_ttl(ttl)
-        options = (ttl, check_tags(tags))
+        options = (ttl, check_tags(tags), check_stale_ttl(stale_ttl))
         with parts.tier.tickets((key,)) as tickets:
             before = self._observe(parts, tickets[0])
             value = self._load(parts, loader)
@@ -886,6 +916,33 @@ class CacheManager:
         parts.tier.flush(floor)
         return True
 
+    def expire(self, key: str) -> bool:
+        """End the life of *key* on every level and process, softly; return whether it had a live value.
+
+        As :meth:`delete`, but a value that was stored with a ``stale_ttl`` stays where those find it who take it
+        stale: :meth:`get` with ``stale=True``, and :meth:`get_or_set` when its loader fails. Raises as :meth:`get`.
+        """
+        parts = self._parts or self._start()
+        key = check_key(key)
+        if parts.remote is None:
+            return self.delete(key)
+        try:
+            with parts.tier.writing((key,)) as tickets:
+                stamp, was_live = parts.remote.expire(key, seen=parts.tier.highest_stamp())
+                parts.tier.forget(tickets, stamp)
+        except RemoteStoreError as exc:
+            self._dropped(parts, exc)
+            return False
+        parts.stats.deletes += 1
+        return was_live
+
+    def expire_tags(self, *tags: str) -> bool:
+        """End the life of every entry that carries one of *tags*, softly, as :meth:`expire` does for a key.
+
+        Costs and raises as :meth:`invalidate_tags`, which removes them from those too who would take them stale.
+        """
+        return self._invalidate_tags(tags, is_soft=True)
+
     def invalidate_tags(self, *tags: str) -> bool:
         """Make every entry that carries one of *tags* dead, on every level and process; return whether L2 was told.
 
@@ -897,12 +954,17 @@ class CacheManager:
             CacheKeyError: One of them cannot be a tag, or there are more than 64.
             RemoteStoreError: Only with ``strict``.
         """
+        return self._invalidate_tags(tags, is_soft=False)
+
+    def _invalidate_tags(self, tags: tuple[str, ...], *, is_soft: bool) -> bool:
         parts = self._parts or self._start()
         checked = check_tags(tags)
         if not checked:
             return True
         parts.stats.tag_invalidations += len(checked)
-        stamp = self._invalidate(parts, lambda remote, seen: remote.invalidate_tags(checked, seen=seen))
+        stamp = self._invalidate(
+            parts, lambda remote, seen: remote.invalidate_tags(checked, seen=seen, is_soft=is_soft)
+        )
         if stamp is None:
             return False
         parts.tier.invalidate(checked, (), stamp)
@@ -961,6 +1023,19 @@ class CacheManager:
         """Return the causal token of all that this process has written, applied or read so far."""
         parts = self._parts or self._start()
         return format_token(parts.policy.namespace, parts.tier.coherence.token())
+
+    def latest_token(self) -> str:
+        """Return the causal token of all that any process has written so far, for one round trip to L2.
+
+        For where no token arrives: ``barrier(latest_token())``. Without an answer it is :meth:`token`.
+
+        Raises:
+            RemoteStoreError: Only with ``strict``.
+        """
+        parts = self._parts or self._start()
+        snapshot = self._peek_remote(parts, "")  # nobody's key: only the counter is wanted
+        newest = 0 if snapshot is None else snapshot.token
+        return format_token(parts.policy.namespace, max(newest, parts.tier.coherence.token()))
 
     def barrier(self, token: str) -> None:
         """See to it that no later read here is older than what the sender of *token* had seen; never waits.
@@ -1089,6 +1164,25 @@ class CacheManager:
         parts.tier.missed(ticket, snapshot)
         return found
 
+    def _find_stale(self, parts: Parts, key: str) -> Shelved | None:
+        """Return what L2 still keeps of a value that has expired; no level takes a copy."""
+        if parts.remote is None:
+            return None
+        try:
+            (snapshot,) = parts.remote.read((key,), seen=parts.tier.highest_stamp(), is_lenient=True)
+        except RemoteStoreError as exc:
+            self._failed(parts, exc)
+            return None
+        if snapshot.data is None:
+            return None
+        try:
+            decoded = parts.codec.decode(key, snapshot.data)
+        except CodecError as exc:
+            parts.stats.add_codec_miss(exc.reason)
+            return None
+        parts.stats.stale_served += 1
+        return Shelved(*parts.codec.shelve_decoded(key, decoded, snapshot.data[HEAD_SIZE:]), decoded.tags)
+
     def _failed(self, parts: Parts, exc: RemoteStoreError) -> None:
         if parts.policy.strict:
             raise exc
@@ -1110,6 +1204,14 @@ def check_ttl(ttl: object) -> float:
     raise ValueError(msg)
 
 
+def check_stale_ttl(stale_ttl: object) -> float:
+    """Return *stale_ttl* if it is 0 or could be a ttl; raises ValueError if not."""
+    if isinstance(stale_ttl, (int, float)) and not isinstance(stale_ttl, bool) and 0 <= stale_ttl <= MAX_TTL:
+        return float(stale_ttl)
+    msg = f"stale_ttl must be a number of seconds >= 0 and <= {MAX_TTL:g}, not {stale_ttl!r:.80}"
+    raise ValueError(msg)
+
+
 def _unproven() -> Coherence:
     """Stands in until the parts are built: no lease, so every look-up takes the slow path."""
     return Coherence(delta=0, tombstone_ttl=0, synced=True)
@@ -1127,8 +1229,7 @@ def _distinct(keys: Iterable[str]) -> dict[str, None]:
 
 
 def _is_current(flight: Flight) -> bool:
-    lead = flight.ticket
-    return lead.is_current() if isinstance(lead, _Lead) else True  # without one it has not read anything yet
+    return flight.ticket() if callable(flight.ticket) else True  # without one it has not read anything yet
 
 
 def _shelved(entry: Entry) -> Shelved:

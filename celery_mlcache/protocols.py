@@ -140,12 +140,18 @@ class RemoteStore(Protocol):
     highest stamp the caller knows of: a counter below it has lost writes and is seeded anew.
     """
 
-    def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
-        """Return a snapshot for each key, in order, all of one instant but for the remaining lives."""
+    def read(self, keys: Sequence[str], *, seen: int, is_lenient: bool = False) -> list[Snapshot]:
+        """Return a snapshot for each key, in order, all of one instant.
+
+        With *is_lenient* what has expired counts as live until its stale end, and so do its remaining lives.
+        """
         ...
 
-    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
-        """Store ``(key, tail, ttl)`` unconditionally under one new stamp, announce it once, return the stamp."""
+    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int, stale_ttl: float = 0.0) -> int:
+        """Store ``(key, tail, ttl)`` unconditionally under one new stamp, announce it once, return the stamp.
+
+        *stale_ttl*, here and below: seconds beyond its life for which a value is kept, to be served stale.
+        """
         ...
 
     def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
@@ -153,7 +159,15 @@ class RemoteStore(Protocol):
         ...
 
     def replace(
-        self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int, fence: int | None = None
+        self,
+        key: str,
+        tail: bytes,
+        *,
+        expected: int,
+        ttl: float | None,
+        seen: int,
+        fence: int | None = None,
+        stale_ttl: float = 0.0,
     ) -> int | None:
         """Store if the key's stamp is still *expected* (0: nothing there); keep its life if ttl is None.
 
@@ -165,7 +179,7 @@ class RemoteStore(Protocol):
         """Put tombstones; return ``(stamp, number of live values removed)``."""
         ...
 
-    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]]) -> list[Filled]:
+    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]], *, stale_ttl: float = 0.0) -> list[Filled]:
         """Store each ``(key, tail, ttl, fence)`` only if nothing happened to it since its fence."""
         ...
 
@@ -186,8 +200,12 @@ class RemoteStore(Protocol):
         """Raise the floor over everything stored; return the new floor."""
         ...
 
-    def invalidate_tags(self, tags: Sequence[str], *, seen: int) -> int:
-        """Let everything that carries one of *tags* be dead, in O(tags); return the stamp."""
+    def expire(self, key: str, *, seen: int) -> tuple[int, bool]:
+        """Let the key's value have expired, and fence it as a delete does; return ``(stamp, whether it was live)``."""
+        ...
+
+    def invalidate_tags(self, tags: Sequence[str], *, seen: int, is_soft: bool = False) -> int:
+        """Let everything that carries one of *tags* be dead, or expired if soft, in O(tags); return the stamp."""
         ...
 
     def invalidate_prefix(self, prefix: str, *, seen: int) -> tuple[int, list[str]]:

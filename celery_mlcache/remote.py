@@ -25,7 +25,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import hiredis
 from redis.connection import AbstractConnection
@@ -111,11 +111,11 @@ class RedisRemote:
         self._read, self._write, self._replace = Script("read"), Script("write"), Script("replace")
         self._delete, self._fill, self._increment = Script("delete"), Script("fill"), Script("increment")
         self._touch, self._clear, self._invalidate = Script("touch"), Script("clear"), Script("invalidate")
-        self._prefix, self._sweep = Script("prefix"), Script("sweep")
+        self._prefix, self._sweep, self._expire = Script("prefix"), Script("sweep"), Script("expire")
 
     # ---- reads ----------------------------------------------------------------------------------------------
 
-    def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
+    def read(self, keys: Sequence[str], *, seen: int, is_lenient: bool = False) -> list[Snapshot]:
         """Return a snapshot for each key; see the protocol.
 
         The script judges and the command behind it, in the same trip, brings the bodies: through Lua a body of 1 MB
@@ -124,10 +124,11 @@ class RedisRemote:
         names = [self._names.value(key) for key in keys]
         bodies = _pack(("MGET", *names))
         for _ in range(MAX_READS):
-            reply, stored = self._call("read", self._read, names, (), seen=seen, behind=bodies)
+            mode = ("stale" if is_lenient else "",)
+            reply, stored = self._call("read", self._read, names, mode, seen=seen, behind=bodies)
             try:
                 counter_text, floor_text, clock_text, verdicts = reply
-                order = (int(clock_text) / 1000, int(counter_text), int(floor_text))
+                order = _Order(int(clock_text) / 1000, int(counter_text), int(floor_text), is_lenient=is_lenient)
                 if len(stored) != len(names) or len(verdicts) not in {0, len(names)}:
                     raise ValueError(len(stored))
                 found = [
@@ -139,8 +140,7 @@ class RedisRemote:
             if None not in found:
                 break
         # What is newer than the order to the last is no value of ours.
-        now_ms, counter, floor = order
-        return [each or Snapshot(None, 0, counter, floor, None, now_ms / 1000) for each in found]
+        return [each or order.nothing(0) for each in found]
 
     def ping(self) -> float:
         """Return the round-trip time in seconds."""
@@ -150,10 +150,10 @@ class RedisRemote:
 
     # ---- writes ---------------------------------------------------------------------------------------------
 
-    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
+    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int, stale_ttl: float = 0.0) -> int:
         """Store all under one stamp with one announcement; see the protocol."""
         keys = [key for key, _, _ in items]
-        arguments: list[Any] = [_joined(keys)]
+        arguments: list[Any] = [_joined(keys), int(stale_ttl * 1000)]
         for _, tail, ttl in items:
             arguments += (milliseconds(ttl), tail)
         reply = self._run("write", self._write, keys, arguments, seen=seen)
@@ -162,14 +162,22 @@ class RedisRemote:
 
     def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
         """Store if no live value is there."""
-        return self._replace_if("add", key, (key, milliseconds(ttl), tail, "", ""), seen)
+        return self._replace_if("add", key, (key, milliseconds(ttl), tail, "", "", 0), seen)
 
     def replace(
-        self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int, fence: int | None = None
+        self,
+        key: str,
+        tail: bytes,
+        *,
+        expected: int,
+        ttl: float | None,
+        seen: int,
+        fence: int | None = None,
+        stale_ttl: float = 0.0,
     ) -> int | None:
         """Compare the stamp and set."""
         life = "" if ttl is None else milliseconds(ttl)
-        arguments = (key, life, tail, expected, "" if fence is None else fence)
+        arguments = (key, life, tail, expected, "" if fence is None else fence, int(stale_ttl * 1000))
         return self._replace_if("replace", key, arguments, seen)
 
     def _replace_if(self, op: str, key: str, arguments: Sequence[Any], seen: int) -> int | None:
@@ -184,9 +192,9 @@ class RedisRemote:
             stamp, removed = reply
             return _stamp(stamp), int(removed)
 
-    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]]) -> list[Filled]:
+    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]], *, stale_ttl: float = 0.0) -> list[Filled]:
         """Store what nothing has passed since its token."""
-        arguments: list[Any] = []
+        arguments: list[Any] = [int(stale_ttl * 1000)]
         for _, tail, ttl, fence in items:
             # Half a tombstone's life after the fence: what is left for the command to wait in a frozen server's buffer.
             until_ms = int(fence.clock * 1000) + self._tombstone // 2
@@ -194,7 +202,7 @@ class RedisRemote:
         reply = self._run("fill", self._fill, [key for key, *_ in items], arguments, seen=0, is_repeatable=False)
         with self._understanding("fill"):
             *outcomes, counter, floor, now_us = reply
-            order = (int(now_us) / 1000, int(counter), int(floor))
+            order = _Order(int(now_us) / 1000, int(counter), int(floor))
             filled = [_filled(outcome, order) for outcome in outcomes]
             if len(filled) == len(items):
                 return filled
@@ -230,10 +238,18 @@ class RedisRemote:
         with self._understanding("clear"):
             return _stamp(reply)
 
-    def invalidate_tags(self, tags: Sequence[str], *, seen: int) -> int:
+    def expire(self, key: str, *, seen: int) -> tuple[int, bool]:
+        """End the value's life, but for those who take it stale."""
+        reply = self._run("expire", self._expire, (key,), (key,), seen=seen)
+        with self._understanding("expire"):
+            stamp, was_live = reply
+            return _stamp(stamp), bool(was_live)
+
+    def invalidate_tags(self, tags: Sequence[str], *, seen: int, is_soft: bool = False) -> int:
         """Raise the tags' records under one stamp with one announcement."""
         names = [self._names.tag(tag) for tag in tags]
-        reply = self._call("invalidate", self._invalidate, names, (_joined(tags),), seen=seen)[0]
+        arguments = (_joined(tags), "soft" if is_soft else "")
+        reply = self._call("invalidate", self._invalidate, names, arguments, seen=seen)[0]
         with self._understanding("invalidate"):
             return _stamp(reply)
 
@@ -425,31 +441,42 @@ class RedisRemote:
         return RemoteStoreError(op, "the reply has an unknown shape", outcome_unknown=True)
 
 
-def _snapshot(data: Any, order: tuple[float, int, int]) -> Snapshot | None:
-    """Return what *data* says of itself, or None where it is newer than *order* (clock in ms, counter, floor)."""
-    now_ms, counter, floor = order
+class _Order(NamedTuple):
+    """What a script says beside its values: the server's clock in ms, counter and floor; and how it judged."""
+
+    now_ms: float
+    counter: int
+    floor: int
+    is_lenient: bool = False
+
+    def nothing(self, stamp: int) -> Snapshot:
+        return Snapshot(None, stamp, self.counter, self.floor, None, self.now_ms / 1000)
+
+
+def _snapshot(data: Any, order: _Order) -> Snapshot | None:
+    """Return what *data* says of itself, or None where it is newer than *order*."""
     split = split_value(data) if isinstance(data, bytes) else None
-    stamp = 0 if split is None or split[0] < floor else split[0]
-    if stamp > counter:
+    if split is None or split[0] < order.floor:
+        return order.nothing(0)
+    stamp, expires_ms, stale_ms, kind = split
+    if stamp > order.counter:
         return None
-    if split is not None and stamp and split[2] != KIND_TOMBSTONE:
-        # The clock was read before the value, and the caller counts from before it asked: never too long.
-        remaining = (split[1] - now_ms) / 1000
-        if remaining > 0:  # else the key outlives a short-lived value, as its tombstone
-            return Snapshot(data, stamp, counter, floor, remaining, now_ms / 1000)
-    return Snapshot(None, stamp, counter, floor, None, now_ms / 1000)
+    # The clock was read before the value, and the caller counts from before it asked: never too long.
+    remaining = ((max(expires_ms, stale_ms) if order.is_lenient else expires_ms) - order.now_ms) / 1000
+    if kind == KIND_TOMBSTONE or remaining <= 0:
+        return order.nothing(stamp)  # the key may outlive its value, as a tombstone or to be served stale
+    return Snapshot(data, stamp, order.counter, order.floor, remaining, order.now_ms / 1000)
 
 
-def _judged(data: Any, verdict: int, order: tuple[float, int, int]) -> Snapshot | None:
+def _judged(data: Any, verdict: int, order: _Order) -> Snapshot | None:
     """As :func:`_snapshot`, where the script has judged what was stored a moment before."""
-    now_ms, counter, floor = order
-    if verdict > 0 and data is not None:  # gone meanwhile: its life has ended
-        found = _snapshot(data, order)
-        return found if found is not None and found.stamp == verdict else None
-    return Snapshot(None, max(0, -verdict), counter, floor, None, now_ms / 1000)
+    if verdict <= 0 or data is None:  # gone meanwhile: its life has ended
+        return order.nothing(max(0, -verdict))
+    found = _snapshot(data, order)
+    return found if found is not None and found.stamp == verdict else None
 
 
-def _filled(outcome: Any, order: tuple[float, int, int]) -> Filled:
+def _filled(outcome: Any, order: _Order) -> Filled:
     code, *rest = outcome
     if code == 0:
         return Filled(is_stored=True, winner=None)

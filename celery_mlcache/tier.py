@@ -219,12 +219,13 @@ class Tier:
     def depart(self, ticket: Ticket, tags: tuple[str, ...]) -> Departure:
         """Note what a flight begins with."""
         with self._lock:
-            return Departure(ticket, self.coherence.floors.newest, self.coherence.required, tags=tags)
+            coherence = self.coherence
+            return Departure(ticket, self._clock(), coherence.floors.newest, coherence.required, tags=tags)
 
-    def is_current(self, flight: Departure, age: float) -> bool:
+    def is_current(self, flight: Departure) -> bool:
         """May a newcomer share the answer of a flight? See :meth:`Coherence.is_current`."""
         with self._lock:
-            return self.coherence.is_current(flight, age)
+            return self.coherence.is_current(flight, self._clock())
 
     @property
     def alone(self) -> threading.RLock:

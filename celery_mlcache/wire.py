@@ -2,17 +2,18 @@ r"""The bytes that several processes, releases and the Lua scripts must agree on
 
 Value, in a Redis string (offsets in bytes, big endian)::
 
-    0      format version, 1
+    0      format version, 2
     1-8    stamp, u64: Redis order of the write
-    9-16   expiry, u64: milliseconds since 1970 by the server's clock, the same as the key's PXAT
-    17     kind: "V" value, "I" integer (body is ASCII decimal, for Lua adds to it), "T" tombstone (nothing follows)
-    18     flags         \
-    19     serializer     |  the *tail*: made by codec.py; lua/increment.lua relies on kind, flags and H
-    20-21  H, u16         |
-    22-    H bytes of header (codec.py), then the body and, when signed, the MAC   /   lua/prelude.lua reads the
+    9-16   expiry, u64: milliseconds since 1970 by the server's clock
+    17-24  stale end, u64: until then it may be served where an expired value will do; 0: it may not
+    25     kind: "V" value, "I" integer (body is ASCII decimal, for Lua adds to it), "T" tombstone (nothing follows)
+    26     flags         \
+    27     serializer     |  the *tail*: made by codec.py; lua/increment.lua relies on kind, flags and H
+    28-29  H, u16         |
+    30-    H bytes of header (codec.py), then the body and, when signed, the MAC   /   lua/prelude.lua reads the
            key's length, the note and the tags in it
 
-Head (bytes 0-16) and tail are joined by the script that takes the stamp. Only the tail is signed. The expiry stands in
+Head (bytes 0-24) and tail are joined by the script that takes the stamp. Only the tail is signed. The expiry stands in
 the value because a PTTL asked beside the value may be another value's: a key can expire and be filled in between.
 
 Message, on the channel: lines of UTF-8 joined by ``\n`` (names hold no control characters)::
@@ -31,8 +32,9 @@ Floors, in one Redis string; each line after the first is a prefix that was inva
     newest  stamp of the newest invalidation of any tag: a value not older than it needs no look at its tags
     until   the server's clock, ms, when the line may go, because no older value is left; 0: not known yet
 
-Record of a tag, in a Redis string that lives longer than what carries the tag: ``stamp SP until``. What carries the tag
-and is older than the stamp is dead; where there is no record, what is older than *newest* is.
+Record of a tag, in a Redis string that lives longer than what carries the tag: ``stamp SP soft SP until``. What
+carries the tag and is older than the stamp is dead, what is older than *soft* has expired; where there is no record,
+what is older than *newest* is dead.
 
 An unknown version, an unknown op or anything undecodable is a gap, never an exception.
 """
@@ -43,7 +45,7 @@ from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 MESSAGE_VERSION: Final = 1
 MAX_STAMP: Final = 2**53 - 2**40  # Lua counts in doubles; what is above is not a stamp of ours
 MAX_INTEGER: Final = 2**53  # the largest magnitude a counter may have, for the same reason
@@ -53,23 +55,23 @@ KIND_INTEGER: Final = 0x49  # "I"
 KIND_TOMBSTONE: Final = 0x54  # "T"
 
 _MAX_DIGITS: Final = len(str(MAX_STAMP))
-_HEAD: Final = Struct(">BQQ")
+_HEAD: Final = Struct(">BQQQ")
 HEAD_SIZE: Final = _HEAD.size
 
 
-def pack_head(stamp: int, expires_ms: int = 0) -> bytes:
-    """Return bytes 0-16 of a value."""
-    return _HEAD.pack(FORMAT_VERSION, stamp, expires_ms)
+def pack_head(stamp: int, expires_ms: int = 0, stale_ms: int = 0) -> bytes:
+    """Return bytes 0-24 of a value."""
+    return _HEAD.pack(FORMAT_VERSION, stamp, expires_ms, stale_ms)
 
 
-def split_value(data: bytes) -> tuple[int, int, int] | None:
-    """Return ``(stamp, expiry in ms, kind)`` of a stored value, or None where the bytes are not of this format."""
+def split_value(data: bytes) -> tuple[int, int, int, int] | None:
+    """Return ``(stamp, expiry, stale end, kind)``, times in ms, or None where the bytes are not of this format."""
     if len(data) <= HEAD_SIZE:
         return None
-    version, stamp, expires_ms = _HEAD.unpack_from(data)
+    version, stamp, expires_ms, stale_ms = _HEAD.unpack_from(data)
     if version != FORMAT_VERSION or stamp > MAX_STAMP:
         return None
-    return stamp, expires_ms, data[HEAD_SIZE]
+    return stamp, expires_ms, stale_ms, data[HEAD_SIZE]
 
 
 @dataclass(frozen=True, slots=True)

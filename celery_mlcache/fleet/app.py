@@ -21,7 +21,7 @@ from celery.app import base as app_base
 from celery_mlcache.config import CacheConfig, ConfigurationWarning, load_config, sources_from_celery
 from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.factory import assemble
-from celery_mlcache.fleet import lifecycle
+from celery_mlcache.fleet import causal, lifecycle
 from celery_mlcache.manager import CacheManager, Parts
 
 PREFIX: Final = "mlcache_"
@@ -47,6 +47,7 @@ class Fleet:
         self._settled: CacheConfig | None = None
         self._hidden: dict[str, str] = {}  # settings as they were given, by their names in app.conf
         self.cache = CacheManager(self._assemble, name=app.main or "celery")
+        self.bearer = causal.Bearer(self)
         _FLEETS.add(self)
 
     @property
@@ -58,6 +59,11 @@ class Fleet:
         """
         if self._settled is None:
             self._settled = self.given if self.given is not None else self._load()
+        return self._settled
+
+    @property
+    def settled(self) -> CacheConfig | None:
+        """Return the settings if they have been read."""
         return self._settled
 
     @property
@@ -154,6 +160,7 @@ def _adopt(app: Any) -> Fleet | None:
         if fleet is not None and twin is not app and twin.main == app.main and not fleet.is_implicit:
             setattr(app, _ATTRIBUTE, fleet)
             app.mlcache = fleet.cache
+            causal.carry_results(app)
             return fleet
     return None
 
@@ -170,6 +177,8 @@ def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *
         if getattr(app, "configured", False):
             fleet.hide_passwords()
         lifecycle.connect(find_fleet, all_fleets)
+        causal.connect()
+        causal.carry_results(app)
     elif (config is not None or overrides) and (config, dict(overrides)) != (fleet.given, fleet.overrides):
         if fleet.cache.is_running:
             raise ConfigurationError(["setup_cache() was called with other settings after the cache had been used"])

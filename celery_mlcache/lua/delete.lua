@@ -4,6 +4,6 @@ announce('D', stamp, ARGV[6])
 local removed = 0
 for i = 3, #KEYS do
   if stored(KEYS[i], floor) then removed = removed + 1 end
-  put(KEYS[i], stamp, after(ARGV[3]), string.char(TOMBSTONE))
+  bury(KEYS[i], stamp)
 end
 return {stamp, removed}

@@ -2,8 +2,8 @@
 -- ARGV[1] channel, ARGV[2] highest stamp the caller knows of, ARGV[3] milliseconds that a tombstone lives,
 -- ARGV[4] what stands before a user's key in Redis, ARGV[5] what stands before a tag.
 -- Numbers are doubles: stamps stay below 2^53, and %.0f keeps them exact where tostring would not.
-local VERSION, TOMBSTONE, INTEGER = 1, 84, 73
-local KIND_AT = 18 -- of wire.py's offsets, counted from 1
+local VERSION, TOMBSTONE, INTEGER = 2, 84, 73
+local KIND_AT = 26 -- of wire.py's offsets, counted from 1
 local KEY_AT = KIND_AT + 17 -- the key's length in the header: after kind, flags, serializer, H, CRC and time
 local MARGIN = 1000000
 local MAX_INTEGER = 9007199254740992 -- as wire.py's
@@ -11,6 +11,7 @@ local MAX_INTEGER = 9007199254740992 -- as wire.py's
 local top = 0 -- the counter before this script: no stamp above it is one of ours
 local newest = 0 -- the newest invalidation of any tag
 local prefixes = {} -- {stamp, until, prefix} of each prefix that was invalidated
+local is_lenient = false -- what has expired will do, if it was stored to be served stale
 
 local function digits(n) return string.format('%.0f', n) end
 
@@ -81,31 +82,32 @@ local function next_stamp()
   return redis.call('INCR', KEYS[1]), floor
 end
 
--- Tags. The record of a tag is "stamp until"; one that is not there counts as invalidated when the newest of all was.
-local records = {} -- of this script's look-ups: {stamp, until}
+-- Tags. The record of a tag is "stamp soft until": what is older than the stamp is dead, what is older than soft has
+-- expired. One that is not there counts as invalidated when the newest of all was.
+local records = {} -- of this script's look-ups: {stamp, soft, until}
 
 local function record_of(tag)
   local found = records[tag]
   if not found then
-    local stamp, keep_until = string.match(get(ARGV[5] .. tag) or '', '^(%d+) (%d+)$')
-    stamp, keep_until = tonumber(stamp), tonumber(keep_until)
-    if not stamp or stamp > top then stamp, keep_until = newest, 0 end
-    found = {stamp, keep_until}
+    local stamp, soft, keep_until = string.match(get(ARGV[5] .. tag) or '', '^(%d+) (%d+) (%d+)$')
+    found = {tonumber(stamp), tonumber(soft), tonumber(keep_until)}
+    if not stamp or math.max(found[1], found[2]) > top then found = {newest, newest, 0} end
     records[tag] = found
   end
   return found
 end
 
-local function keep_record(tag, stamp, keep_until)
-  records[tag] = {stamp, keep_until}
-  redis.call('SET', ARGV[5] .. tag, digits(stamp) .. ' ' .. digits(keep_until), 'PXAT', digits(keep_until))
+local function keep_record(tag, stamp, soft, keep_until)
+  records[tag] = {stamp, soft, keep_until}
+  local text = digits(stamp) .. ' ' .. digits(soft) .. ' ' .. digits(keep_until)
+  redis.call('SET', ARGV[5] .. tag, text, 'PXAT', digits(keep_until))
 end
 
 -- The record outlives what is stored now; with as much to spare, so that not every write has to prolong it.
-local function hold_records(tags, expires)
+local function hold_records(tags, keep_until)
   for _, tag in ipairs(tags) do
     local record = record_of(tag)
-    if record[2] < expires then keep_record(tag, record[1], 2 * expires - now_ms()) end
+    if record[3] < keep_until then keep_record(tag, record[1], record[2], 2 * keep_until - now_ms()) end
   end
 end
 
@@ -125,10 +127,13 @@ local function tags_of(data, kind_at)
   return is_parsed and tags or {}
 end
 
--- When a value of this Redis key was last invalidated by its tags or by a prefix; 0: never.
-local function invalidated(name, tags)
+-- When a value of this Redis key was last invalidated by its tags (which may be soft) or by a prefix; 0: never.
+local function invalidated(name, tags, is_hard_only)
   local last = 0
-  for _, tag in ipairs(tags) do last = math.max(last, record_of(tag)[1]) end
+  for _, tag in ipairs(tags) do
+    local record = record_of(tag)
+    last = math.max(last, record[1], is_hard_only and 0 or record[2])
+  end
   for _, p in ipairs(prefixes) do
     local whole = ARGV[4] .. p[3]
     if p[1] > last and string.sub(name, 1, #whole) == whole then last = p[1] end
@@ -136,38 +141,49 @@ local function invalidated(name, tags)
   return last
 end
 
-local head, head_stamp, head_expires, until_text -- the same for all keys of a script, as a rule
-local function put(name, stamp, expires, tail, keep_until)
-  if stamp ~= head_stamp or expires ~= head_expires then
-    head_stamp, head_expires, until_text = stamp, expires, digits(math.max(expires, keep_until or 0))
-    head = string.char(VERSION) .. struct.pack('>I8I8', stamp, expires)
+-- Until when a value may be served stale that is kept so many milliseconds beyond its expiry; 0: not at all.
+local function stale_end(expires, milliseconds)
+  milliseconds = tonumber(milliseconds) or 0
+  return milliseconds > 0 and expires + milliseconds or 0
+end
+
+local head, head_stamp, head_expires, head_stale, until_text -- the same for all keys of a script, as a rule
+local function put(name, stamp, expires, stale, tail, keep_until)
+  if stamp ~= head_stamp or expires ~= head_expires or stale ~= head_stale then
+    head_stamp, head_expires, head_stale = stamp, expires, stale
+    until_text = digits(math.max(expires, stale, keep_until or 0))
+    head = string.char(VERSION) .. struct.pack('>I8I8I8', stamp, expires, stale)
   end
   redis.call('SET', name, head .. tail, 'PXAT', until_text)
 end
 
 -- A write under a new stamp. The key outlives a value of short life by what a tombstone lives: a loader that began
 -- before the write must not fill after it, though the value is gone by then.
-local function write(name, stamp, expires, tail)
-  hold_records(tags_of(tail, 1), expires)
-  put(name, stamp, expires, tail, after(ARGV[3]))
+local function write(name, stamp, expires, stale, tail)
+  hold_records(tags_of(tail, 1), math.max(expires, stale))
+  put(name, stamp, expires, stale, tail, after(ARGV[3]))
 end
+
+local function bury(name, stamp) put(name, stamp, after(ARGV[3]), 0, string.char(TOMBSTONE)) end
 
 -- Of what is stored under a name (its first bytes will do, up to the tags): whether it is alive, the stamp since when
--- (0: nothing that counts), and its expiry. What its tags or a prefix have killed counts as removed when they did.
+-- (0: nothing that counts), its expiry and its stale end. What its tags or a prefix have killed counts as removed when
+-- they did.
 local function judge(name, data, floor)
   if not data or #data < KIND_AT or data:byte(1) ~= VERSION then return false, 0 end
-  local stamp, expires = struct.unpack('>I8I8', data, 2)
+  local stamp, expires, stale = struct.unpack('>I8I8I8', data, 2)
   if stamp < floor or stamp > top then return false, 0 end
   if data:byte(KIND_AT) ~= TOMBSTONE and (stamp < newest or #prefixes > 0) then
-    local last = invalidated(name, stamp < newest and tags_of(data, KIND_AT) or {})
+    local last = invalidated(name, stamp < newest and tags_of(data, KIND_AT) or {}, is_lenient and stale > 0)
     if last > stamp then return false, last end
   end
-  return data:byte(KIND_AT) ~= TOMBSTONE and expires > now_ms(), stamp, expires
+  local ends = is_lenient and math.max(expires, stale) or expires
+  return data:byte(KIND_AT) ~= TOMBSTONE and ends > now_ms(), stamp, expires, stale
 end
 
--- The live value (or nil), the stamp of whatever is there, and its expiry.
+-- The live value (or nil), the stamp of whatever is there, its expiry and its stale end.
 local function stored(name, floor)
   local data = get(name)
-  local is_alive, stamp, expires = judge(name, data, floor)
-  return is_alive and data or nil, stamp, expires
+  local is_alive, stamp, expires, stale = judge(name, data, floor)
+  return is_alive and data or nil, stamp, expires, stale
 end

@@ -1,7 +1,9 @@
 -- What KEYS[3..] hold, without their bodies: those come as they are, by an MGET behind this script.
+-- ARGV[6]: 'stale' where what has expired will do.
 -- Returns {counter, floor, clock (us), verdicts}: for each key the stamp of a live value, or minus the stamp of what
 -- is there instead (0: nothing). No verdicts where no tag or prefix was invalidated since the floor: the values
 -- themselves tell all, then.
+is_lenient = ARGV[6] == 'stale'
 local counter, floor = order()
 local verdicts = {}
 if newest > floor or #prefixes > 0 then

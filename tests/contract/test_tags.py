@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from celery.exceptions import Retry, SoftTimeLimitExceeded
 
 from celery_mlcache import MISS, create_cache_manager
 from celery_mlcache.errors import CacheKeyError, RemoteStoreError
+from celery_mlcache.keys import RedisNames
+from celery_mlcache.wire import HEAD_SIZE, pack_head, split_value
 from tests.contract.test_manager import (
     WITH_L2,
     Background,
@@ -261,9 +264,179 @@ class TestPrefixes:
             cache.invalidate_prefix(bad)
 
 
+class TestExpiry:
+    """Soft against hard: what has expired may be served stale, what was removed may not."""
+
+    @pytest.fixture
+    def cache(self, make):
+        """Both levels: only L2 keeps what has expired."""
+        return make("both")
+
+    @staticmethod
+    def fails():
+        """A loader whose source is down."""
+        raise ConnectionError("the source is down")
+
+    def failing(self, cache, **options):
+        """Load with a source that is down."""
+        return cache.get_or_set("k", self.fails, stale_ttl=60, **options)
+
+    @pytest.mark.parametrize("store", ["set", "get_or_set", "set_many", "refresh"])
+    def test_an_expired_value_is_absent_and_found_stale(self, cache, store):
+        """By whoever asks for it stale, and by a caller whose loader fails; nobody else sees it."""
+        {
+            "set": lambda: cache.set("k", ["v"], 60, stale_ttl=60),
+            "get_or_set": lambda: cache.get_or_set("k", lambda: ["v"], 60, stale_ttl=60),
+            "set_many": lambda: cache.set_many({"k": ["v"]}, 60, stale_ttl=60),
+            "refresh": lambda: cache.refresh("k", lambda: ["v"], 60, stale_ttl=60),
+        }[store]()
+        assert cache.get("k") == ["v"]
+        assert cache.expire("k") is True
+        assert cache.get("k", MISS) is MISS
+        assert not cache.exists("k")
+        assert cache.ttl("k") is None
+        assert cache.get_many(["k"]) == {}
+        assert cache.delete("other") is False
+        before = cache.stats()["stale_served"]
+        assert cache.get("k", stale=True) == self.failing(cache) == ["v"]
+        assert cache.stats()["stale_served"] == before + 2
+        assert cache.stats()["l1_entries"] == 0
+        with pytest.raises(ConnectionError, match="the source is down"):
+            cache.get_or_set("k", self.fails)  # this caller does not take it stale
+
+    def test_a_life_that_ends_is_an_expiry_too(self, cache, redis_clock):
+        """The value is there for stale_ttl seconds more, and not one longer."""
+        cache.set("k", "v", 60, stale_ttl=30)
+        redis_clock(60.5)
+        assert cache.get("k", MISS) is MISS
+        assert self.failing(cache) == "v"
+        redis_clock(30)
+        assert cache.get("k", MISS, stale=True) is MISS
+        with pytest.raises(ConnectionError):
+            self.failing(cache)
+
+    @pytest.fixture
+    def redis_clock(self, cache, shared_redis, monkeypatch):
+        """A function that lets so many seconds pass in the head of "k": both ends come nearer."""
+        client = shared_redis.client()
+        name = RedisNames(cache.stats()["namespace"]).value("k")
+
+        def advance(seconds):
+            data = client.get(name)
+            stamp, expires, stale, _ = split_value(data)
+            earlier = int(seconds * 1000)
+            client.set(name, pack_head(stamp, expires - earlier, stale - earlier) + data[HEAD_SIZE:], keepttl=True)
+            cache._parts.tier.void()
+
+        return advance
+
+    def test_removal_leaves_nothing_stale(self, cache):
+        """By key, tag, prefix and all at once."""
+        for remove in (
+            lambda: cache.delete("k"),
+            lambda: cache.invalidate_tags("t"),
+            lambda: cache.invalidate_prefix("k"),
+            cache.clear,
+        ):
+            for is_expired in (False, True):
+                cache.set("k", "v", 60, tags=["t"], stale_ttl=60)
+                assert not is_expired or cache.expire("k")
+                assert cache.get("k", stale=True) == "v"
+                remove()
+                assert cache.get("k", MISS, stale=True) is MISS
+                with pytest.raises(ConnectionError):
+                    self.failing(cache)
+
+    def test_tags_expire_softly(self, cache):
+        """What carries one is absent and found stale, in L1 too; a removal after it leaves nothing."""
+        cache.set("k", "v", 60, tags=["t"], stale_ttl=60)
+        cache.set("without", "v", 60, tags=["t"])
+        assert cache.expire_tags("t") is True
+        assert cache.get_many(["k", "without"]) == {}
+        assert cache.get("k", stale=True) == self.failing(cache) == "v"
+        assert cache.get("without", MISS, stale=True) is MISS
+        cache.set("new", "v", tags=["t"])
+        assert cache.get("new") == "v"
+        cache.invalidate_tags("t")
+        assert cache.get("k", MISS, stale=True) is MISS
+
+    def test_an_expiry_refuses_the_loader_of_before(self, cache):
+        """It may have read what the expiry was about; the stale value stays."""
+        cache.set("k", "v", 60, stale_ttl=60)
+        cache.expire("k")
+        loader = BlockedLoader("old")
+        call = Background(lambda: cache.get_or_set("k", loader, stale_ttl=60))
+        assert loader.has_begun.wait(10)
+        cache.expire("k")
+        loader.may_end.set()
+        assert call.result() == "old"
+        assert cache.get("k", MISS) is MISS
+
+    def test_a_new_value_takes_the_place_of_a_stale_one(self, cache):
+        """A loader that does not fail is what everybody waits for."""
+        cache.set("k", "v", 60, stale_ttl=60)
+        cache.expire("k")
+        assert cache.get_or_set("k", lambda: "new") == cache.get("k") == cache.get("k", stale=True) == "new"
+
+    @pytest.mark.parametrize("change", [lambda c: c.incr("k"), lambda c: c.touch("k", 90)])
+    def test_a_changed_value_keeps_its_stale_life(self, cache, change):
+        """It still is what it was, and older or longer."""
+        cache.set("k", 5, 60, stale_ttl=60)
+        change(cache)
+        value = cache.get("k")
+        cache.expire("k")
+        assert cache.get("k", stale=True) == value
+
+    def test_what_stops_a_task_is_not_swallowed(self, cache):
+        """A soft time limit or a retry goes its way, whatever there is to serve."""
+        cache.set("k", "v", 60, stale_ttl=60)
+        cache.expire("k")
+        for error in (SoftTimeLimitExceeded(), Retry(), KeyboardInterrupt()):
+
+            def loader(error=error):
+                raise error
+
+            with pytest.raises(type(error)):
+                cache.get_or_set("k", loader, stale_ttl=60)
+
+    def test_followers_share_what_is_stale(self, cache):
+        """One loader fails for all who wait for it."""
+        cache.set("k", "v", 60, stale_ttl=60)
+        cache.expire("k")
+        loader = BlockedLoader(ConnectionError("down"))
+        calls = [Background(lambda: cache.get_or_set("k", loader, stale_ttl=60))]
+        assert loader.has_begun.wait(10)
+        calls.append(Background(lambda: cache.get_or_set("k", never, stale_ttl=60)))
+        flights = cache._parts.flights
+        wait_until(lambda: flights._table["k"]._event is not None, what="the follower to wait")
+        loader.may_end.set()
+        assert [call.result() for call in calls] == ["v", "v"]
+
+    def test_without_l2_nothing_is_kept_stale(self, make):
+        """An expiry is a removal there."""
+        cache = make("moka")
+        cache.set("k", "v", 60, stale_ttl=60)
+        assert cache.expire("k") is True
+        assert cache.get("k", MISS, stale=True) is MISS
+        assert cache.expire("k") is False
+
+    @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "5", None])
+    def test_bad_stale_ttls_raise(self, cache, bad):
+        """With what is allowed."""
+        with pytest.raises(ValueError, match="stale_ttl must be a number of seconds >= 0"):
+            cache.set("k", 1, stale_ttl=bad)
+
+
 class TestWithoutAnAnswer:
     CALLS = pytest.mark.parametrize(
-        "call", [lambda c: c.invalidate_tags("t"), lambda c: c.invalidate_prefix("k"), lambda c: c.clear()]
+        "call",
+        [
+            lambda c: c.invalidate_tags("t"),
+            lambda c: c.expire_tags("t"),
+            lambda c: c.invalidate_prefix("k"),
+            lambda c: c.clear(),
+            lambda c: c.expire("k"),
+        ],
     )
 
     @CALLS

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from celery_mlcache.keys import RedisNames
 from tests.support.processes import ROOT
@@ -182,8 +182,13 @@ class Fleet:
             self.app.close()
 
 
+F = TypeVar("F", bound=Fleet)
+
+
 @contextlib.contextmanager
-def running_fleet(*, amqp_url: str | None = None, l2_url: str | None = None, **conf: Any) -> Iterator[Fleet]:
+def running_fleet(
+    *, amqp_url: str | None = None, l2_url: str | None = None, kind: type[F] = Fleet, **conf: Any
+) -> Iterator[F]:
     """Give a fleet with servers of its own, and no worker yet."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(RedisServer()) for _ in range(2)]
@@ -191,6 +196,6 @@ def running_fleet(*, amqp_url: str | None = None, l2_url: str | None = None, **c
         if amqp_url is not None:
             names = stack.enter_context(rabbit_names(amqp_url))
             amqp_settings = {"broker_url": amqp_url, **names.conf}
-        fleet = Fleet(amqp_settings=amqp_settings, l2_url=l2_url, l2=servers[0], control=servers[1], **conf)
+        fleet = kind(amqp_settings=amqp_settings, l2_url=l2_url, l2=servers[0], control=servers[1], **conf)
         stack.callback(fleet.close)
         yield fleet

@@ -18,8 +18,10 @@ from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
+from tests.support.waiting import wait_until
 
 settings: dict[str, Any] = json.loads(os.environ.get("FLEET_SETTINGS", "{}"))
+beat_uses_cache: bool = settings.pop("beat_uses_cache", False)
 control_url: str = settings.pop("control_url", "redis://127.0.0.1:1")
 overrides: dict[str, Any] = settings.pop("overrides", {})
 # In the test process no copy may become the current app: there are several.
@@ -44,6 +46,12 @@ for _signal in (signals.worker_shutdown, signals.worker_process_shutdown):
     _signal.connect(_after_release, weak=False)
 
 
+@signals.beat_init.connect(weak=False)
+def _use_the_cache_in_beat(**_: Any) -> None:
+    if beat_uses_cache:
+        cache.set("beat", 1)
+
+
 def control() -> redis.Redis:
     """Return a connection to the server for counts and meetings."""
     return redis.Redis.from_url(control_url, protocol=2, socket_timeout=10, decode_responses=True)
@@ -53,6 +61,12 @@ def count(name: str) -> int:
     """Count one execution, where every process and the test see it."""
     with control() as client:
         return int(client.incr(f"runs:{name}"))
+
+
+def runs(name: str) -> int:
+    """Return how often it was counted."""
+    with control() as client:
+        return int(client.get(f"runs:{name}") or 0)
 
 
 def meet(name: str, size: int) -> None:
@@ -100,9 +114,29 @@ _ACTS: dict[str, Any] = {
     "invalidate_in_two_steps": lambda x: cache.delete(double.cache.key(x)),
     "get": cache.get,
     "set": cache.set,
+    "headers": lambda: dict(app.current_task.request.headers or {}),
+    "wait_for": lambda name: wait_until(lambda: runs(name), 10, name),
+    "set_and_fail": lambda key, value: {}[cache.set(key, value)],
+    "set_and_count": lambda key, value, name: cache.set(key, value) and count(name),
     "stats": lambda: None,
     "threads": lambda: sorted(thread.name for thread in threading.enumerate()),
 }
+
+
+@app.task(shared=False, bind=True)
+def report(self: Any, name: str) -> None:
+    """Leave the headers of this message where the test finds them."""
+    with control() as client:
+        client.set(f"report:{name}", json.dumps(self.request.headers or {}))
+
+
+@app.task(shared=False, bind=True, max_retries=1)
+def hand_on(self: Any, key: str, value: Any, queue: str) -> dict[str, Any]:
+    """Write here, and read in whichever process takes the retry."""
+    if not self.request.retries:
+        cache.set(key, value)
+        raise self.retry(countdown=0, queue=queue, kwargs={"key": key, "value": value, "queue": queue}, args=())
+    return {"pid": os.getpid(), "answer": cache.get(key), "headers": dict(self.request.headers or {})}
 
 
 class OopsError(Exception):

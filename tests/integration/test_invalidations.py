@@ -83,7 +83,7 @@ class TestWhatIsLost:
         assert cache.get_or_set("k", lambda: "new", tags=["t"]) == cache.get("k") == "new"
 
     @pytest.mark.parametrize(
-        "garbage", [b"", b"x", b"1", b"99999999999999999999 1", b"9007199254740991 9007199254740991"]
+        "garbage", [b"", b"x", b"1", b"1 1", b"99999999999999999999 1 1", b"1 9007199254740991 9007199254740991"]
     )
     def test_a_garbled_record_counts_as_lost(self, cache, client, names, garbage):
         """Nothing raises, nothing dead is served, and the next write mends it."""
@@ -170,7 +170,7 @@ class TestReading:
         for size in range(60):
             client.set(
                 names.value(f"k{size}"),
-                (b"\x01" + (floor - 1).to_bytes(8) + b"\x7f" * 8 + b"V\0\1" + b"\xff" * 60)[:size],
+                (b"\x02" + (floor - 1).to_bytes(8) + b"\x7f" * 16 + b"V\0\1" + b"\xff" * 60)[:size],
             )
         assert cache.get_many([f"k{size}" for size in range(60)]) == {}
         assert cache.stats()["l2_errors"] == 0

@@ -119,19 +119,23 @@ class Fleet(RuleBasedStateMachine):
         self.running: list[Running] = []
         self.known = [dict.fromkeys(KEYS, 0) for _ in range(PROCESSES)]
         self.known_tags = [dict.fromkeys("tu", 0) for _ in range(PROCESSES)]
+        # What the process's token tells: not what it only heard while nothing was proven, for that may be garbage.
+        self.told = [dict.fromkeys((*KEYS, "t", "u"), 0) for _ in range(PROCESSES)]
         self.required = dict.fromkeys(KEYS, 0)  # a loader's result may not be older than this version
         self.truth: dict[str, Any] = dict.fromkeys(KEYS)  # what L2 held after the last step
         self.dead_at: dict[tuple[str, Any], float] = {}
         self.saved = self.server.save()
         self.calm_from = 0.0
 
-    def learn(self, process, key, stamp):
+    def learn(self, process, key, stamp, *, is_told=True):
         """Nothing older than *stamp* may be seen by *process* from now on."""
         self.known[process][key] = max(self.known[process][key], stamp)
+        self.told[process][key] = max(self.told[process][key], stamp if is_told else 0)
 
-    def learn_tag(self, process, tag, stamp):
+    def learn_tag(self, process, tag, stamp, *, is_told=True):
         """Nothing older than *stamp* that carries the tag may be seen by *process* from now on."""
         self.known_tags[process][tag] = max(self.known_tags[process][tag], stamp)
+        self.told[process][tag] = max(self.told[process][tag], stamp if is_told else 0)
 
     def least(self, process, key, tags):
         """Return the oldest stamp that *process* may be shown of a key that carries *tags*."""
@@ -178,9 +182,9 @@ class Fleet(RuleBasedStateMachine):
         other = (process + 1) % PROCESSES
         self.fleet[process].cache.barrier(self.fleet[other].cache.token())
         for key in KEYS:
-            self.learn(process, key, self.known[other][key])
-        for tag, stamp in self.known_tags[other].items():
-            self.learn_tag(process, tag, stamp)
+            self.learn(process, key, self.told[other][key])
+        for tag in ("t", "u"):
+            self.learn_tag(process, tag, self.told[other][tag])
 
     # ---- the backplane --------------------------------------------------------------------------------------
 
@@ -197,9 +201,9 @@ class Fleet(RuleBasedStateMachine):
         message = None if isinstance(item, Answer) else parse_message(item)
         if message is not None:
             for key in KEYS if message.is_flush else (*message.keys, *message.prefixes):
-                self.learn(process, key, message.stamp)
+                self.learn(process, key, message.stamp, is_told=self.fleet[process].coherence.is_proven)
             for tag in message.tags:
-                self.learn_tag(process, tag, message.stamp)
+                self.learn_tag(process, tag, message.stamp, is_told=self.fleet[process].coherence.is_proven)
 
     @rule(process=PROCESS)
     def ask(self, process):
@@ -283,6 +287,8 @@ class Fleet(RuleBasedStateMachine):
             known.update(dict.fromkeys(KEYS, 0))
         for known in self.known_tags:
             known.update(dict.fromkeys("tu", 0))
+        for told in self.told:
+            told.update(dict.fromkeys(told, 0))
         self.required = dict.fromkeys(KEYS, 0)
         for running in self.running:
             running.is_outlived = True

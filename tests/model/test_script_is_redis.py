@@ -81,8 +81,16 @@ class Relative:
             match op:
                 case "read":
                     return [self.snapshot(found) for found in remote.read(KEYS, seen=seen)]
+                case "read stale":
+                    return [self.snapshot(found) for found in remote.read(KEYS, seen=seen, is_lenient=True)]
                 case "write":
-                    return self.rel(remote.write([(key, tail, ttl), ("both", tail, ttl)], seen=seen))
+                    stale = 9000.0 if number % 2 else 0.0
+                    return self.rel(remote.write([(key, tail, ttl), ("both", tail, ttl)], seen=seen, stale_ttl=stale))
+                case "expire":
+                    stamp, was_live = remote.expire(key, seen=seen)
+                    return self.rel(stamp), was_live
+                case "expire tags":
+                    return self.rel(remote.invalidate_tags(tags or ("other",), seen=seen, is_soft=True))
                 case "write text":
                     return self.rel(remote.write([(key, tail_of(key, "text", tags), ttl)], seen=seen))
                 case "add":
@@ -92,13 +100,26 @@ class Relative:
                     expected = found.stamp + (number % 3 == 0)
                     life = None if number % 2 and found.data is not None else ttl
                     fence = self.base + token if number % 5 == 0 else None
-                    return self.rel(remote.replace(key, tail, expected=expected, ttl=life, seen=seen, fence=fence))
+                    return self.rel(
+                        remote.replace(
+                            key,
+                            tail,
+                            expected=expected,
+                            ttl=life,
+                            seen=seen,
+                            fence=fence,
+                            stale_ttl=number % 3 * 3000.0,
+                        )
+                    )
                 case "delete":
                     stamp, removed = remote.delete([key, "both"], seen=seen)
                     return self.rel(stamp), removed
                 case "fill":
                     return [
-                        self.filled(found) for found in remote.fill([(key, tail, ttl, Fence(self.base + token, 1e11))])
+                        self.filled(found)
+                        for found in remote.fill(
+                            [(key, tail, ttl, Fence(self.base + token, 1e11))], stale_ttl=number % 3 * 3000.0
+                        )
                     ]
                 case "increment":
                     stamp, total, life, kept = remote.increment(key, number, initial=(number, tail, ttl), seen=seen)
@@ -121,7 +142,8 @@ class Relative:
 
 OPERATIONS = [
     *["read", "read", "write", "write", "write text", "add", "replace", "delete", "fill", "fill", "fill", "increment"],
-    *["touch", "clear", "invalidate", "invalidate", "prefix", "sweep"],
+    *["touch", "clear", "invalidate", "invalidate", "prefix", "sweep", "read stale", "read stale", "write", "expire"],
+    *["expire tags"],
 ]
 
 
@@ -181,7 +203,20 @@ def test_the_script_does_what_the_lua_does(pair, client, seed):
 @pytest.mark.parametrize("loss", ["counter", "floor", "both", "behind"])
 @pytest.mark.parametrize(
     "op",
-    ["read", "write", "delete", "increment", "touch", "clear", "fill", "add", "invalidate", "prefix", "sweep"],
+    [
+        "read",
+        "write",
+        "delete",
+        "increment",
+        "touch",
+        "clear",
+        "fill",
+        "add",
+        "invalidate",
+        "prefix",
+        "sweep",
+        "expire",
+    ],
 )
 def test_the_script_loses_its_counter_as_the_lua_does(pair, client, loss, op):
     """A lost or outrun counter is seeded anew, its old values are dead, and a fill never seeds."""

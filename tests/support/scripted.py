@@ -62,6 +62,7 @@ class Stored:
     expires_ms: int
     tail: bytes
     until_ms: int  # when Redis forgets it
+    stale_ms: int = 0  # until when it may be served stale
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Server:
         self.floor: int | None = None
         self.newest = 0
         self.prefixes: list[Line] = []
-        self.records: dict[str, tuple[int, int]] = {}  # tag: stamp, until (ms)
+        self.records: dict[str, tuple[int, int, int]] = {}  # tag: stamp, soft, until (ms)
         self.values: dict[str, Stored] = {}
         self.feeds: list[deque[Any]] = []
         self.announced: list[bytes] = []
@@ -150,69 +151,84 @@ class Server:
             return None
         return found
 
-    def _put(self, key: str, stamp: int, expires_ms: int, tail: bytes, until_ms: int = 0) -> None:
-        self.values[key] = Stored(stamp, expires_ms, tail, max(expires_ms, until_ms))
+    def _put(  # noqa: PLR0917 - as the Lua's
+        self, key: str, stamp: int, expires_ms: int, tail: bytes, until_ms: int = 0, stale_ms: int = 0
+    ) -> None:
+        self.values[key] = Stored(stamp, expires_ms, tail, max(expires_ms, until_ms, stale_ms), stale_ms)
         self.writes.append((stamp, key, None if tail == GRAVE else tail))
 
-    def _write(self, key: str, stamp: int, expires_ms: int, tail: bytes) -> None:
-        self._hold_records(tags_of(tail), expires_ms)
-        self._put(key, stamp, expires_ms, tail, self._after(milliseconds(TOMBSTONE_TTL)))
+    def _write(self, key: str, stamp: int, expires_ms: int, tail: bytes, stale_ms: int = 0) -> None:
+        self._hold_records(tags_of(tail), max(expires_ms, stale_ms))
+        self._put(key, stamp, expires_ms, tail, self._after(milliseconds(TOMBSTONE_TTL)), stale_ms)
 
-    def _is_dead(self, found: Stored) -> bool:
-        return found.tail == GRAVE or found.expires_ms <= self.now_us() // 1000
+    def _is_dead(self, found: Stored, *, is_lenient: bool = False) -> bool:
+        ends = max(found.expires_ms, found.stale_ms) if is_lenient else found.expires_ms
+        return found.tail == GRAVE or ends <= self.now_us() // 1000
 
-    def _stored(self, key: str, floor: int) -> tuple[Stored | None, int]:
+    def _stored(self, key: str, floor: int, *, is_lenient: bool = False) -> tuple[Stored | None, int]:
         found = self._present(key)
         if found is None or found.stamp < floor:
             return None, 0
-        last = 0 if found.tail == GRAVE else self._invalidated(key, tags_of(found.tail))
+        last = (
+            0
+            if found.tail == GRAVE
+            else self._invalidated(key, tags_of(found.tail), is_lenient=is_lenient and found.stale_ms > 0)
+        )
         if last > found.stamp:
             return None, last
-        return (None if self._is_dead(found) else found), found.stamp
+        return (None if self._is_dead(found, is_lenient=is_lenient) else found), found.stamp
 
-    def _record_of(self, tag: str) -> tuple[int, int]:
+    def _record_of(self, tag: str) -> tuple[int, int, int]:
         found = self.records.get(tag)
-        if found is None or found[1] < self.now_us() // 1000:
-            return self.newest, 0
+        if found is None or found[2] < self.now_us() // 1000:
+            return self.newest, self.newest, 0
         return found
 
     def _hold_records(self, tags: Sequence[str], expires_ms: int) -> None:
         for tag in tags:
-            stamp, until = self._record_of(tag)
+            stamp, soft, until = self._record_of(tag)
             if until < expires_ms:
-                self.records[tag] = stamp, 2 * expires_ms - self.now_us() // 1000
+                self.records[tag] = stamp, soft, 2 * expires_ms - self.now_us() // 1000
 
-    def _invalidated(self, key: str, tags: Sequence[str]) -> int:
+    def _invalidated(self, key: str, tags: Sequence[str], *, is_lenient: bool = False) -> int:
         lines = [line.stamp for line in self.prefixes if self._stands(line) and key.startswith(line.prefix)]
-        return max([0, *lines, *[self._record_of(tag)[0] for tag in tags]])
+        return max([0, *lines, *[max(self._record_of(tag)[: 1 if is_lenient else 2]) for tag in tags]])
 
     def _stands(self, line: Line) -> bool:
         return line.until_ms is None or line.until_ms > self.now_us() // 1000
 
-    def _snapshot(self, key: str, counter: int, floor: int) -> Snapshot:
-        found, stamp = self._stored(key, floor)
+    def _snapshot(self, key: str, counter: int, floor: int, *, is_lenient: bool = False) -> Snapshot:
+        found, stamp = self._stored(key, floor, is_lenient=is_lenient)
         if found is None:
             return Snapshot(None, stamp, counter, floor, None, self.now_us() / 1e6)
-        remaining = max(0.0, (found.expires_ms - self.now_us() / 1000) / 1000)
-        return Snapshot(
-            pack_head(stamp, found.expires_ms) + found.tail, stamp, counter, floor, remaining, self.now_us() / 1e6
-        )
+        ends = max(found.expires_ms, found.stale_ms) if is_lenient else found.expires_ms
+        data = pack_head(stamp, found.expires_ms, found.stale_ms) + found.tail
+        remaining = max(0.0, (ends - self.now_us() / 1000) / 1000)
+        return Snapshot(data, stamp, counter, floor, remaining, self.now_us() / 1e6)
 
     # ---- the scripts ----------------------------------------------------------------------------------------
 
-    def read(self, keys: Sequence[str], seen: int) -> list[Snapshot]:
+    def read(self, keys: Sequence[str], seen: int, *, is_lenient: bool = False) -> list[Snapshot]:
         counter, floor = self.order(seen)
-        return [self._snapshot(key, counter, floor) for key in keys]
+        return [self._snapshot(key, counter, floor, is_lenient=is_lenient) for key in keys]
 
-    def write(self, items: Sequence[tuple[str, bytes, int]], seen: int) -> int:
+    def write(self, items: Sequence[tuple[str, bytes, int]], seen: int, stale: int = 0) -> int:
         stamp, _ = self._next_stamp(seen)
         for key, tail, ms in items:
-            self._write(key, stamp, self._after(ms), tail)
+            self._write(key, stamp, self._after(ms), tail, stale and self._after(ms + stale))
         self._announce("W", stamp, *[key for key, _, _ in items])
         return stamp
 
     def replace(
-        self, key: str, tail: bytes, expected: int | None, ms: int | None, seen: int, *, fence: int | None = None
+        self,
+        key: str,
+        tail: bytes,
+        expected: int | None,
+        ms: int | None,
+        seen: int,
+        *,
+        fence: int | None = None,
+        stale: int = 0,
     ) -> int | None:
         _, floor = self.order(seen)
         found, stamp = self._stored(key, floor)
@@ -222,9 +238,11 @@ class Server:
             return None
         if ms is None and found is None:
             return None
-        expires = found.expires_ms if ms is None and found is not None else self._after(ms or 1)
+        expires, stale_ms = self._after(ms or 1), stale and self._after((ms or 1) + stale)
+        if ms is None and found is not None:
+            expires, stale_ms = found.expires_ms, found.stale_ms
         stamp, _ = self._next_stamp(seen)
-        self._write(key, stamp, expires, tail)
+        self._write(key, stamp, expires, tail, stale_ms)
         self._announce("W", stamp, key)
         return stamp
 
@@ -238,7 +256,7 @@ class Server:
         self._announce("D", stamp, *keys)
         return stamp, removed
 
-    def fill(self, items: Sequence[tuple[str, bytes, int, Fence]]) -> list[Filled]:
+    def fill(self, items: Sequence[tuple[str, bytes, int, Fence]], stale: int = 0) -> list[Filled]:
         outcome = []
         now_ms = self.now_us() // 1000
         for key, tail, ms, (token, clock) in items:
@@ -251,9 +269,10 @@ class Server:
                     answer = Filled(is_stored=False, winner=winner, refused="winner")
                 elif stamp <= token:
                     is_valid = self._invalidated(key, tags_of(tail)) <= token
-                    self._hold_records(tags_of(tail), self._after(ms))
+                    stale_ms = stale and self._after(ms + stale)
+                    self._hold_records(tags_of(tail), max(self._after(ms), stale_ms))
                     if is_valid:
-                        self._put(key, token, self._after(ms), tail)
+                        self._put(key, token, self._after(ms), tail, 0, stale_ms)
                         answer = Filled(is_stored=True, winner=None)
             outcome.append(answer)
         return outcome
@@ -264,9 +283,9 @@ class Server:
         _, floor = self.order(seen)
         found, _ = self._stored(key, floor)
         number, tail, ms = initial
-        expires = self._after(ms)
+        expires, stale_ms = self._after(ms), 0
         if found is not None:
-            tail, expires = found.tail, found.expires_ms
+            tail, expires, stale_ms = found.tail, found.expires_ms, found.stale_ms
             if tail[0] != KIND_INTEGER or tail[1] != 0:
                 raise NotAnIntegerError(key, "holds something that is not an integer")
             body_at = 5 + tail[3] * 256 + tail[4]
@@ -275,7 +294,7 @@ class Server:
                 raise NotAnIntegerError(key, "would leave the range of ±2**53")
             tail = tail[:body_at] + str(number).encode()
         stamp, _ = self._next_stamp(seen)
-        self._write(key, stamp, expires, tail)
+        self._write(key, stamp, expires, tail, stale_ms)
         self._announce("W", stamp, key)
         return stamp, number, max(0, round(expires - self.now_us() / 1000)) / 1000, tags_of(tail)
 
@@ -285,7 +304,8 @@ class Server:
         if found is None:
             return None
         stamp, _ = self._next_stamp(seen)
-        self._write(key, stamp, self._after(ms), found.tail)
+        stale = found.stale_ms - found.expires_ms
+        self._write(key, stamp, self._after(ms), found.tail, self._after(ms + stale) if stale > 0 else 0)
         self._announce("W", stamp, key)
         return stamp
 
@@ -296,10 +316,25 @@ class Server:
         self._announce("F", self.floor)
         return self.floor
 
-    def invalidate_tags(self, tags: Sequence[str], seen: int) -> int:
+    def expire(self, key: str, seen: int) -> tuple[int, bool]:
+        stamp, floor = self._next_stamp(seen)
+        found, _ = self._stored(key, floor)
+        fenced = self._after(milliseconds(TOMBSTONE_TTL))
+        if found is not None and found.stale_ms > self.now_us() // 1000:
+            self._put(key, stamp, self._after(0), found.tail, fenced, found.stale_ms)
+        else:
+            self._put(key, stamp, fenced, GRAVE)
+        self._announce("D", stamp, key)
+        return stamp, found is not None
+
+    def invalidate_tags(self, tags: Sequence[str], seen: int, *, is_soft: bool = False) -> int:
         stamp, _ = self._next_stamp(seen)
         for tag in tags:
-            self.records[tag] = stamp, max(self._record_of(tag)[1], self._after(milliseconds(TOMBSTONE_TTL)))
+            hard, _, until = self._record_of(tag)
+            self.records[tag] = (
+                *(hard if is_soft else stamp, stamp),
+                max(until, self._after(milliseconds(TOMBSTONE_TTL))),
+            )
         self.newest = stamp
         self._announce("T", stamp, *tags)
         return stamp
@@ -376,28 +411,38 @@ class ScriptedRemote:
             raise RemoteStoreError(op, "no reply in time", outcome_unknown=True)
         return result
 
-    def read(self, keys: Sequence[str], *, seen: int) -> list[Snapshot]:
-        return list(self._call("read", lambda: self.server.read(keys, seen)))
+    def read(self, keys: Sequence[str], *, seen: int, is_lenient: bool = False) -> list[Snapshot]:
+        op = "lenient" if is_lenient else "read"
+        return list(self._call(op, lambda: self.server.read(keys, seen, is_lenient=is_lenient)))
 
-    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int) -> int:
+    def write(self, items: Sequence[tuple[str, bytes, float]], *, seen: int, stale_ttl: float = 0.0) -> int:
         lot = [(key, tail, milliseconds(ttl)) for key, tail, ttl in items]
-        return int(self._call("write", lambda: self.server.write(lot, seen)))
+        return int(self._call("write", lambda: self.server.write(lot, seen, int(stale_ttl * 1000))))
 
     def add(self, key: str, tail: bytes, ttl: float, *, seen: int) -> int | None:
         return self._call("add", lambda: self.server.replace(key, tail, None, milliseconds(ttl), seen))
 
     def replace(
-        self, key: str, tail: bytes, *, expected: int, ttl: float | None, seen: int, fence: int | None = None
+        self,
+        key: str,
+        tail: bytes,
+        *,
+        expected: int,
+        ttl: float | None,
+        seen: int,
+        fence: int | None = None,
+        stale_ttl: float = 0.0,
     ) -> int | None:
-        ms = None if ttl is None else milliseconds(ttl)
-        return self._call("replace", lambda: self.server.replace(key, tail, expected, ms, seen, fence=fence))
+        ms, stale = None if ttl is None else milliseconds(ttl), int(stale_ttl * 1000)
+        script = self.server.replace
+        return self._call("replace", lambda: script(key, tail, expected, ms, seen, fence=fence, stale=stale))
 
     def delete(self, keys: Sequence[str], *, seen: int) -> tuple[int, int]:
         return self._call("delete", lambda: self.server.delete(keys, seen))
 
-    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]]) -> list[Filled]:
+    def fill(self, items: Sequence[tuple[str, bytes, float, Fence]], *, stale_ttl: float = 0.0) -> list[Filled]:
         lot = [(key, tail, milliseconds(ttl), fence) for key, tail, ttl, fence in items]
-        return list(self._call("fill", lambda: self.server.fill(lot)))
+        return list(self._call("fill", lambda: self.server.fill(lot, int(stale_ttl * 1000))))
 
     def increment(
         self, key: str, delta: int, *, initial: tuple[int, bytes, float], seen: int
@@ -412,8 +457,11 @@ class ScriptedRemote:
     def clear(self, *, seen: int) -> int:
         return int(self._call("clear", lambda: self.server.clear(seen)))
 
-    def invalidate_tags(self, tags: Sequence[str], *, seen: int) -> int:
-        return int(self._call("invalidate", lambda: self.server.invalidate_tags(tags, seen)))
+    def expire(self, key: str, *, seen: int) -> tuple[int, bool]:
+        return self._call("expire", lambda: self.server.expire(key, seen))
+
+    def invalidate_tags(self, tags: Sequence[str], *, seen: int, is_soft: bool = False) -> int:
+        return int(self._call("invalidate", lambda: self.server.invalidate_tags(tags, seen, is_soft=is_soft)))
 
     def invalidate_prefix(self, prefix: str, *, seen: int) -> tuple[int, list[str]]:
         return self._call("prefix", lambda: self.server.invalidate_prefix(prefix, seen))

@@ -45,7 +45,7 @@ def tagged(stamp, *tags):
 
 def departure(coherence, *, token=START, tags=("tag",)):
     """Return what a flight for "k" has seen that read its miss at *token*."""
-    return Departure(coherence.open("k"), coherence.floors.newest, coherence.required, token, tags)
+    return Departure(coherence.open("k"), 0.0, coherence.floors.newest, coherence.required, token, tags)
 
 
 # ---- tickets ----------------------------------------------------------------------------------------------------
@@ -226,6 +226,19 @@ def test_a_flight_that_has_not_read_is_not_current_after_any_tag():
     coherence.observe(tagged(START + 1, "other"))
     assert not coherence.is_current(unread, 0.0)
     assert coherence.is_current(read, 0.0)
+
+
+def test_a_flight_is_shared_no_longer_than_the_bound_without_a_fresh_proof():
+    """Proven once is not proven now: the message that would end it may be lost already."""
+    coherence = make()
+    flight = departure(coherence)
+    assert coherence.is_current(flight, DELTA - 0.1)
+    assert coherence.is_current(flight, DELTA)  # it is as young as the bound
+    assert not coherence.is_current(flight, DELTA + 0.1)
+    coherence.prove(pulse(START, sent_at=DELTA))
+    assert coherence.is_current(flight, DELTA + 0.1)
+    coherence.lose()
+    assert not coherence.is_current(flight, DELTA + 0.1)
 
 
 # ---- tags and prefixes ------------------------------------------------------------------------------------------
@@ -561,6 +574,7 @@ def test_an_unsynced_barrier_starts_again():
     ticket = coherence.open("k")
     assert coherence.barrier(5, 0.0) == Act(void="barrier")
     assert not coherence.admits(ticket, 5)
+    assert coherence.token() == 5  # handed on, as by a synced process
     assert coherence.lease_until == inf
 
 

@@ -27,7 +27,7 @@ KEYS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1)
 @given(stamp=STAMPS, expires=MILLISECONDS, kind=st.sampled_from([KIND_VALUE, KIND_TOMBSTONE]), rest=st.binary())
 def test_a_value_is_split_into_what_it_was_packed_from(stamp, expires, kind, rest):
     """Stamp, expiry and kind come back from head and tail."""
-    assert split_value(pack_head(stamp, expires) + bytes([kind]) + rest) == (stamp, expires, kind)
+    assert split_value(pack_head(stamp, expires, 7) + bytes([kind]) + rest) == (stamp, expires, 7, kind)
 
 
 @given(data=st.binary(max_size=64))
@@ -57,7 +57,7 @@ def test_a_value_with_a_huge_stamp_is_not_ours():
 
 def test_the_head_has_the_size_that_lua_skips():
     """prelude.lua's KIND_AT counts from 1."""
-    assert HEAD_SIZE == 17
+    assert HEAD_SIZE == 25
 
 
 def packed(*lines):
