@@ -28,6 +28,10 @@ check: $(VENV)/.ready ## format, lint, types and import floors (seconds)
 test: $(VENV)/.ready ## every test; starts the servers and workers it needs (ARGS="-k name" narrows)
 	@$(RUN) -m pytest $(ARGS)
 
+.PHONY: faults
+faults: $(VENV)/.ready ## minutes of faults on 8 processes, and every mutant (ARGS="--minutes 2 --seed 7 --processes 8")
+	@$(RUN) -m tests.faults $(ARGS)
+
 .PHONY: demo
 demo: $(VENV)/.ready ## two workers, one embedded server, one table; exits 0
 	@$(RUN) -m example_worker.demo $(ARGS)

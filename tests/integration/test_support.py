@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -238,6 +239,26 @@ class TestProxy:
             through.ping()
         proxy.delay(0.02, direction)
         assert [through.incr("n") for _ in range(3)] == [1, 2, 3]
+        proxy.mend()
+        assert through.ping()
+
+    def test_jitter(self, proxy, through):
+        """jitter() holds chunks for random times, keeps the order on a connection, and ends."""
+        assert through.ping()
+        proxy.jitter(3.0, "reply", seed=1)
+        with pytest.raises(redis.TimeoutError):
+            [through.ping() for _ in range(20)]
+        proxy.jitter(0.02, seed=1)
+        with through.pipeline(transaction=False) as pipe:
+            for _ in range(50):
+                pipe.incr("n")
+            assert pipe.execute() == list(range(1, 51))
+        took = []
+        for _ in range(20):
+            began = time.monotonic()
+            through.ping()
+            took.append(time.monotonic() - began)
+        assert max(took) > 2 * min(took)
         proxy.mend()
         assert through.ping()
 

@@ -93,6 +93,8 @@ class Proxy:
         self._accepted = self._dropped = 0
         self._is_running, self._is_deaf = True, False
         self._delays = {"request": 0.0, "reply": 0.0}
+        self._jitters = {"request": 0.0, "reply": 0.0}
+        self._rng = random.Random(0)
         self._flushed_at = 0.0
         self._pushes_to_drop = 0.0
         self._cut_next_reply_at: int | None = None
@@ -158,8 +160,19 @@ class Proxy:
 
     def delay(self, seconds: float, direction: Direction = "both") -> None:
         """Hold everything read from now on for *seconds*, in one direction or in each; order is kept; 0 ends it."""
-        each = ("request", "reply") if direction == "both" else (direction,)
-        self._do(lambda: self._delays.update(dict.fromkeys(each, seconds)))
+        self._do(lambda: self._delays.update(dict.fromkeys(_each(direction), seconds)))
+
+    def jitter(self, seconds: float, direction: Direction = "both", *, seed: int = 0) -> None:
+        """Hold each chunk read from now on for a random time up to *seconds*, besides :meth:`delay`; 0 ends it.
+
+        Order is kept within a connection and lost between two of them, as in a network. *seed* gives the times.
+        """
+
+        def jitter() -> None:
+            self._rng.seed(seed)
+            self._jitters.update(dict.fromkeys(_each(direction), seconds))
+
+        self._do(jitter)
 
     def drop_push(self, count: int | None = None) -> None:
         """Swallow the next *count* RESP3 messages, or all from now on (0 ends it); replies pass.
@@ -290,7 +303,8 @@ class Proxy:
         if not data:
             flow.has_ended = True
             return
-        seconds = self._delays["reply" if flow.is_reply else "request"]
+        way = "reply" if flow.is_reply else "request"
+        seconds = self._delays[way] + (self._rng.random() * self._jitters[way] if self._jitters[way] else 0.0)
         due = time.monotonic() + seconds if seconds else 0.0
         if not flow.is_reply:
             flow.put(data, due)
@@ -385,9 +399,14 @@ class Proxy:
         if self._listener is None:
             self._listener = self._listen()
         self._delays = {"request": 0.0, "reply": 0.0}
+        self._jitters = {"request": 0.0, "reply": 0.0}
         self._pushes_to_drop = 0.0
         self._cut_next_reply_at = self._garbage = None
         self._hear()
+
+
+def _each(direction: Direction) -> tuple[str, ...]:
+    return ("request", "reply") if direction == "both" else (direction,)
 
 
 def _close(sock: socket.socket, *, with_reset: bool = False) -> None:
