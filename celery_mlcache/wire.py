@@ -41,8 +41,10 @@ An unknown version, an unknown op or anything undecodable is a gap, never an exc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from struct import Struct
+from struct import error as StructError  # noqa: N812 - a class
 from typing import Final
 
 FORMAT_VERSION: Final = 2
@@ -57,6 +59,8 @@ KIND_TOMBSTONE: Final = 0x54  # "T"
 _MAX_DIGITS: Final = len(str(MAX_STAMP))
 _HEAD: Final = Struct(">BQQQ")
 HEAD_SIZE: Final = _HEAD.size
+_KEY_AT: Final = HEAD_SIZE + 17  # the key's length: after kind, flags, serializer, H, CRC and time
+_U16: Final = Struct(">H")
 
 
 def pack_head(stamp: int, expires_ms: int = 0, stale_ms: int = 0) -> bytes:
@@ -114,6 +118,35 @@ def parse_message(data: bytes) -> Message | None:
 def parse_order(counter: object, floors: object) -> tuple[int, int]:
     """Return the counter and the floor from their Redis strings; 0 for what is absent or garbage (never raises)."""
     return _digits(counter), _digits(floors.split(b" ", 1)[0]) if isinstance(floors, bytes) else 0
+
+
+def is_plain(floors: object, values: Iterable[object]) -> bool:
+    """Return whether stamps and floor alone say which of *values* are dead (never raises).
+
+    Not where prefixes are told in *floors*, and not for a value with tags that is older than the newest invalidation.
+    """
+    floor, newest = floors.split(b" ", 1) if isinstance(floors, bytes) and b" " in floors else (b"", b"")
+    if not newest.isdigit() or len(newest) > _MAX_DIGITS:
+        return False
+    return floor == newest or not any(
+        isinstance(data, bytes) and _is_older(data, int(newest)) and _has_tags(data) for data in values
+    )
+
+
+def _is_older(data: bytes, stamp: int) -> bool:
+    split = split_value(data)
+    return split is not None and split[0] < stamp and split[3] != KIND_TOMBSTONE
+
+
+def _has_tags(data: bytes) -> bool:
+    """Look where codec.py's header has the number of tags; whatever cannot be read there is none of its."""
+    try:
+        at = _KEY_AT
+        for _ in range(2):  # the key and the note
+            at += 2 + _U16.unpack_from(data, at)[0]
+        return bool(_U16.unpack_from(data, at)[0])
+    except StructError:
+        return False
 
 
 def _digits(text: object) -> int:

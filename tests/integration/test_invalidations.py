@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from math import inf
 
 import pytest
 
@@ -176,13 +177,14 @@ class TestReading:
         assert cache.stats()["l2_errors"] == 0
 
     @pytest.mark.parametrize("has_tags", [False, True])
-    def test_a_write_between_the_two_commands_of_a_read(self, server, client, names, has_tags):
+    def test_a_write_between_the_two_commands_of_a_judged_read(self, server, client, names, has_tags):
         """The judgement is of one value and the body of the next: both are asked again."""
         with create_cache_manager(redis_url=server.url, cache_namespace="tags", l1_enabled=False) as cache:
             cache.set("k", "first", tags=["t"])
             if has_tags:
                 cache.invalidate_tags("another")
             remote = cache._parts.remote
+            remote._judged_until = inf
             exchange = remote._exchange
             between = [lambda: cache.set("k", "second", tags=["u"]), lambda: cache.delete("k")]
 
@@ -209,11 +211,33 @@ class TestReading:
         assert cache.get_or_set("k", lambda: 2) == 2
         assert cache.get("k") == 2
 
+    def test_a_script_is_asked_only_where_tags_are_to_be_judged(self, cache, client, monkeypatch):
+        """Plain commands do for the rest; what needs the script is remembered for a while."""
+
+        def scripts(call):
+            client.config_resetstat()
+            call()
+            return client.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
+
+        cache.set("plain", 1)
+        cache.set("tagged", 1, tags=["t"])
+        cache.get("plain", stale=True)
+        assert scripts(lambda: cache.get_many(["plain", "tagged", "absent"])) == 0
+        cache.invalidate_tags("other")
+        cache.set("new", 1, tags=["t"])
+        assert scripts(lambda: cache.get_many(["plain", "new", "absent"])) == 0
+        assert scripts(lambda: cache.get("tagged")) == 1
+        assert scripts(lambda: cache.get("plain")) == 1
+        monkeypatch.setattr(cache._parts.remote, "_judged_until", 0.0)
+        assert scripts(lambda: cache.get("plain")) == 0
+        cache.clear()
+        assert scripts(lambda: cache.get("tagged")) == 0  # dead by the floor, whatever its tags
+
     def test_tagged_reads_cost_one_round_trip(self, server, cache, client):
-        """From L2 as from anywhere: the tags are looked up where they are."""
+        """From L2 as from anywhere: the tags are looked up where they are, once it is known that there are some."""
         cache.set_many({f"k{number}": number for number in range(100)}, tags=["t", "u"])
         cache.invalidate_tags("v")
-        assert cache.get("k0") == 0  # the server knows the script now
+        assert cache.get("k0") == 0  # it is known now
         exchanges = []
         exchange = cache._parts.remote._exchange
         cache._parts.remote._exchange = lambda op, *args, **kwargs: (

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from celery_mlcache.codec import Codec
 from celery_mlcache.wire import (
     FORMAT_VERSION,
     HEAD_SIZE,
@@ -13,6 +14,7 @@ from celery_mlcache.wire import (
     KIND_VALUE,
     MAX_STAMP,
     Message,
+    is_plain,
     pack_head,
     parse_message,
     parse_order,
@@ -101,6 +103,35 @@ def test_tags_and_prefixes_are_not_keys(op, field):
 def test_the_order_is_read_or_lost(counter, floors, order):
     """Garbage counts as lost: it is seeded anew then."""
     assert parse_order(counter, floors) == order
+
+
+def stored(stamp, *tags, kind=KIND_VALUE):
+    """Return what is stored under "k"."""
+    tail = b"T" if kind == KIND_TOMBSTONE else Codec().encode("k", [1], tags=tags)
+    return pack_head(stamp, 9) + tail
+
+
+@pytest.mark.parametrize(
+    ("floors", "value", "expected"),
+    [
+        (b"5 7", stored(6, "t"), False),
+        (b"5 7", stored(6), True),
+        (b"5 7", stored(7, "t"), True),
+        (b"5 7", stored(6, kind=KIND_TOMBSTONE), True),
+        (b"5 7", None, True),
+        (b"5 7", b"garbage" * 20, True),
+        (b"5 7", stored(6, "t")[:48], True),
+        (b"7 7", stored(6, "t"), True),
+        (b"5 5\n6 0 user:", None, False),
+        (b"5", None, False),
+        (b"", None, False),
+        (None, None, False),
+        (b"5 " + b"9" * 40, None, False),
+    ],
+)
+def test_what_plain_commands_can_judge(floors, value, expected):
+    """No prefix that was invalidated, and no tagged value older than the newest invalidation of a tag."""
+    assert is_plain(floors, [None, value]) == expected
 
 
 def test_a_flush_has_no_keys():
