@@ -386,7 +386,7 @@ class _Round:
         for key, data in zip(self.plan.keys, values, strict=True):
             split = split_value(data) if data else None
             if split is not None and floor <= split[0] <= counter:
-                stamp, expires_ms, kind = split
+                stamp, expires_ms, _, kind = split
                 version = 0 if kind == KIND_TOMBSTONE else version_in(data, key)
                 stored[key] = Stored(stamp, version, expires_ms / 1000 - self.offsets[0] + 0.005)
         return Reload(killed_from, killed_until, counter, stored)

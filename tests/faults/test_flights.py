@@ -15,9 +15,6 @@ pytestmark = pytest.mark.redis
 DELTA = 0.3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Coherence.is_current takes is_proven for a proof, however long ago the last one was"
-)
 def test_a_silent_connection_bounds_the_sharing_of_a_flight(redis_server, proxy):
     """More than delta after a delete that a deaf process could not hear, nobody there joins a loader from before it."""
     settings = {"redis_url": proxy.url, "staleness_bound": DELTA}

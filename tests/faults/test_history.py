@@ -105,7 +105,8 @@ class TestWitness:
             cache.invalidate_prefix("k")
             cache.get_or_set("m", lambda: text_of("m", 6))
             cache.clear()
-            cache.set("k", text_of("k", 7))
+            cache.set("k", text_of("k", 7), stale_ttl=60)
+            cache.expire("k")
         server.flushall()
         server.client().set("after", "all")
         wait_until(lambda: any(b"after" in seen.args for seen in witness.read()))
@@ -128,6 +129,7 @@ class TestWitness:
             ("flush", 0),
             ("write", 0),
             ("write", 7),
+            ("delete", 0),  # expired: it stays for those who take it stale
             ("gone", 0),
         ]
         told = [(event.kind, span.version if span else 0) for event, span in oracle.states["m"]]

@@ -101,7 +101,7 @@ def _lease() -> None:
 
 def _tombstone() -> None:
     """A delete leaves nothing behind that would refuse a late fill."""
-    _rewrite("string.char(TOMBSTONE)", "delete", "put(KEYS[i], stamp, after(ARGV[3]), string.char(TOMBSTONE))")
+    _rewrite("delete", "bury(KEYS[i], stamp)", "redis.call('DEL', KEYS[i])")
 
 
 def _own_write() -> None:
@@ -123,9 +123,8 @@ def _own_write() -> None:
 def _fence() -> None:
     """A fill is a plain add: nothing that happened since its miss refuses it."""
     _replace(Coherence, "fence", lambda self, ticket, token, *rest: token)
-    _rewrite(
-        "comparison", "fill", "elseif stamp <= token and invalidated(KEYS[i], tags) <= token then", "elseif true then"
-    )
+    _rewrite("fill", "elseif stamp <= token then", "elseif true then")
+    _rewrite("fill", "if invalidated(KEYS[i], tags) <= token then", "if true then")
 
 
 def _barrier() -> None:
@@ -151,7 +150,7 @@ def _tag_floor() -> None:
 
 def _tag_record() -> None:
     """L2 does not ask for the records of a value's tags."""
-    _rewrite("tags", "read", "stamp < newest and tags_of(data, KIND_AT) or {}", "{}")
+    _rewrite("read", "stamp < newest and tags_of(data, KIND_AT) or {}", "{}")
 
 
 def _prefix_floor() -> None:
@@ -181,7 +180,7 @@ def _replace(owner: type, name: str, new: Callable[..., Any]) -> None:
     setattr(owner, name, new)
 
 
-def _rewrite(what: str, script: str, old: str, new: str = "redis.call('DEL', KEYS[i])") -> None:
+def _rewrite(script: str, old: str, new: str) -> None:
     """Have a script read otherwise from now on, by whoever loads it."""
     load = Script.__init__
 
@@ -189,7 +188,7 @@ def _rewrite(what: str, script: str, old: str, new: str = "redis.call('DEL', KEY
         load(self, name)
         if name == script:
             if old not in self.source:
-                raise CannotPlantError(f"{script}.lua has no {what}")
+                raise CannotPlantError(f"{script}.lua has no {old}")
             self.source = self.source.replace(old, new)
             self.sha = _sha(self.source)
 

@@ -141,7 +141,7 @@ class Oracle:
         if verb == "PUBLISH" and args[0].decode() == self.names.channel:
             self._announce(args[1], low, seen.at)
         elif verb == "SET":
-            self._set(args, low, seen.at)
+            self._set(args, seen, low)
         elif verb in _REMOVES:
             for each in args:
                 key = self._key(each)
@@ -170,12 +170,14 @@ class Oracle:
         hit.update(key for key in self.keys if prefixes and key.startswith(tuple(prefixes)))
         self._break(event, [key for key in self.keys if key in hit])
 
-    def _set(self, args: Sequence[bytes], low: float, high: float) -> None:
+    def _set(self, args: Sequence[bytes], seen: Seen, low: float) -> None:
         key = self._key(args[0])
         split = split_value(args[1]) if key else None
         if split is None:
             return
-        stamp, expires_ms, kind = split
+        stamp, expires_ms, _, kind = split
+        if kind != KIND_TOMBSTONE and key not in self._live and expires_ms <= seen.server_time * 1000:
+            return  # expired on arrival: kept for those who take it stale
         if kind == KIND_TOMBSTONE:
             if key in self._live:
                 raise BlindError(f"a tombstone of {key} that was not announced")
@@ -186,7 +188,7 @@ class Oracle:
             event = said
             named.discard(key)  # what comes later under this stamp is a fill that carries it as its fence
         else:
-            event = Event(self._pos, low, high, "fill", stamp, key)
+            event = Event(self._pos, low, seen.at, "fill", stamp, key)
             self.fills.append((event, key, version, self.last_break(key)))
             self._end(key, event)
         self._begin(Span(key, version, stamp, event, expires_ms / 1000 - self.offset + MARGIN))
