@@ -143,17 +143,17 @@ def on_prerun(task: Any = None, **_: Any) -> None:
 
 def tell(*, is_latest: bool = False) -> str:
     """Return the tokens of this process, or ""; never raises an error of the cache's."""
-    tokens = []
-    for each in _bearers:
+    stamps: dict[str, int] = {}
+    for each in reversed(_bearers):  # what was made last is most likely in use, should they be too many
         try:
             bearer = each()
             token = "" if bearer is None else bearer.token(is_latest=is_latest)
         except (MLCacheError, ValueError) as exc:  # closed meanwhile; ``strict`` and no answer
             _warn("no token to send", exc)
         else:
-            if token and not token.endswith("@0"):
-                tokens.append(token)
-    return " ".join(tokens)
+            for namespace, stamp in _parse(token).items():
+                stamps[namespace] = max(stamp, stamps.get(namespace, 0))
+    return _joined(stamps)
 
 
 def hear(text: object) -> None:
@@ -279,12 +279,21 @@ def _parse(text: object) -> dict[str, int]:
     return stamps
 
 
+def _joined(stamps: dict[str, int]) -> str:
+    """Return the tokens of as many namespaces as a reader takes; a process has one or two apps, as a rule."""
+    text = ""
+    for namespace, stamp in stamps.items():
+        longer = f"{text} {format_token(namespace, stamp)}" if text else format_token(namespace, stamp)
+        if stamp and len(longer) <= MAX_TEXT:
+            text = longer
+    return text
+
+
 def _merged(given: object, text: str) -> str:
-    stamps = _parse(given)
-    for namespace, stamp in _parse(text).items():
+    stamps = _parse(text)  # ours first
+    for namespace, stamp in _parse(given).items():
         stamps[namespace] = max(stamp, stamps.get(namespace, 0))
-    both = " ".join(format_token(namespace, stamp) for namespace, stamp in stamps.items())
-    return both if len(both) <= MAX_TEXT else text
+    return _joined(stamps)
 
 
 def _warn(what: str, why: object) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,8 @@ def test_replacements_are_born_while_redis_is_a_black_hole(behind_a_proxy):
     assert len(serve(fleet, 6) - born_before) >= 4
     victims = set(fleet.worker.children())
     for victim in victims:
-        os.kill(victim, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended after its task
+            os.kill(victim, signal.SIGKILL)
     wait_until(lambda: victims.isdisjoint(fleet.worker.children()), 5)
     serve(fleet, 4)
     proxy.mend()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import uuid
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -116,6 +117,23 @@ def arrive(app, headers, **request):
 
 
 class TestPublishing:
+    def test_apps_of_one_namespace_tell_once(self, app, monkeypatch):
+        """The newest of them; and no more than a reader takes, whatever the number of apps."""
+
+        class Known:
+            def __init__(self, token):
+                self.token = lambda **_: token
+
+        def told(tokens):
+            bearers = [Known(token) for token in tokens]
+            monkeypatch.setattr(causal, "_bearers", tuple(weakref.ref(each) for each in bearers))
+            return causal.tell()
+
+        assert sorted(told(["shop@7", "other@3", "shop@9", "shop@8", "", "empty@0"]).split()) == ["other@3", "shop@9"]
+        many = told([f"{'n' * 90}{number}@{number + 1}" for number in range(60)])
+        assert 1800 < len(many) <= causal.MAX_TEXT
+        assert many.startswith(f"{'n' * 90}59@60 ")
+
     def test_a_running_cache_tells(self, app):
         """A message carries the newest stamp that its sender's cache has seen."""
         assert sent(app)[HEADER] == "shop@7"
