@@ -345,8 +345,8 @@ class CacheManager:
         """
         if ttl is not None:
             check_ttl(ttl)
-        checked = check_tags(tags) if tags else ()
-        if stale_ttl:
+        checked = check_tags(tags) if tags != () else ()
+        if stale_ttl != 0:
             check_stale_ttl(stale_ttl)
         lease = self._coherence.lease_until  # as in get(), and written out for the same reason
         try:
@@ -402,7 +402,9 @@ class CacheManager:
             if stale is None:
                 raise
             log.warning("a loader failed, and a stale value is served", exc_info=exc, extra={"key": ticket.key})
-            flight.land(stale)
+            departure.tags = (*departure.tags, *stale.tags)  # before the question: now these count too
+            if parts.tier.is_current(departure):
+                flight.land(stale)  # else it may be dead to who came later, and they ask for themselves
             return stale.read()
         draft = self._draft(parts, found, loaded, options)
         if draft is None:

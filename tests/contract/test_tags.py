@@ -372,6 +372,40 @@ class TestExpiry:
         assert call.result() == "old"
         assert cache.get("k", MISS) is MISS
 
+    @pytest.mark.parametrize("first", [lambda c: c.expire("k"), lambda c: c.expire_tags("t")])
+    def test_what_has_expired_is_not_removed_by_another_expiry(self, cache, first):
+        """It ends a life; what is kept beyond it stays, and a removal still takes it."""
+        cache.set("k", "v", 60, stale_ttl=60, tags=["t"])
+        first(cache)
+        assert cache.expire("k") is False
+        assert cache.get("k", MISS) is MISS
+        assert cache.get("k", stale=True) == "v"
+        cache.invalidate_tags("t")
+        assert cache.expire("k") is False
+        assert cache.get("k", MISS, stale=True) is MISS
+
+    def test_a_stale_value_that_was_removed_meanwhile_is_not_shared(self, cache, monkeypatch):
+        """Whoever comes after the removal does not get it from a flight that found it before."""
+        cache.set("k", "v", 60, stale_ttl=60, tags=["t"])
+        cache.expire("k")
+        followers = []
+        find_stale = cache._find_stale
+
+        def late(parts, key):
+            found = find_stale(parts, key)
+            cache.invalidate_tags("t")
+            followers.append(Background(lambda: cache.get_or_set("k", lambda: "new", stale_ttl=60)))
+            wait_until(lambda: parts.flights._table["k"]._event is not None, what="the follower to wait")
+            return found
+
+        monkeypatch.setattr(cache, "_find_stale", late)
+
+        def loader():
+            raise ConnectionError("down")
+
+        assert cache.get_or_set("k", loader, stale_ttl=60) == "v"
+        assert followers[0].result() == "new"
+
     def test_a_new_value_takes_the_place_of_a_stale_one(self, cache):
         """A loader that does not fail is what everybody waits for."""
         cache.set("k", "v", 60, stale_ttl=60)
@@ -420,11 +454,12 @@ class TestExpiry:
         assert cache.get("k", MISS, stale=True) is MISS
         assert cache.expire("k") is False
 
-    @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "5", None])
+    @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "5", None, "", []])
     def test_bad_stale_ttls_raise(self, cache, bad):
-        """With what is allowed."""
-        with pytest.raises(ValueError, match="stale_ttl must be a number of seconds >= 0"):
-            cache.set("k", 1, stale_ttl=bad)
+        """With what is allowed, and before anything is loaded."""
+        for store in (lambda: cache.set("k", 1, stale_ttl=bad), lambda: cache.get_or_set("k", never, stale_ttl=bad)):
+            with pytest.raises(ValueError, match="stale_ttl must be a number of seconds >= 0"):
+                store()
 
 
 class TestWithoutAnAnswer:
