@@ -912,10 +912,11 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         parts.stats.flushes += 1
-        floor = self._invalidate(parts, lambda remote, seen: remote.clear(seen=seen))
-        if floor is None:
-            return False
-        parts.tier.flush(floor)
+        with self._alone(parts):
+            floor = self._invalidate(parts, lambda remote, seen: remote.clear(seen=seen))
+            if floor is None:
+                return False
+            parts.tier.flush(floor)
         return True
 
     def expire(self, key: str) -> bool:
@@ -964,12 +965,13 @@ class CacheManager:
         if not checked:
             return True
         parts.stats.tag_invalidations += len(checked)
-        stamp = self._invalidate(
-            parts, lambda remote, seen: remote.invalidate_tags(checked, seen=seen, is_soft=is_soft)
-        )
-        if stamp is None:
-            return False
-        parts.tier.invalidate(checked, (), stamp)
+        with self._alone(parts):
+            stamp = self._invalidate(
+                parts, lambda remote, seen: remote.invalidate_tags(checked, seen=seen, is_soft=is_soft)
+            )
+            if stamp is None:
+                return False
+            parts.tier.invalidate(checked, (), stamp)
         return True
 
     def invalidate_prefix(self, prefix: str) -> bool:
@@ -993,10 +995,11 @@ class CacheManager:
             stamp, unswept[:] = remote.invalidate_prefix(prefix, seen=seen)
             return stamp
 
-        stamp = self._invalidate(parts, tell)
-        if stamp is None:
-            return False
-        parts.tier.invalidate((), (prefix,), stamp)
+        with self._alone(parts):
+            stamp = self._invalidate(parts, tell)
+            if stamp is None:
+                return False
+            parts.tier.invalidate((), (prefix,), stamp)
         if parts.remote is not None:
             try:
                 for each in unswept:

@@ -462,6 +462,38 @@ class TestExpiry:
                 store()
 
 
+class TestL1Alone:
+    @pytest.mark.parametrize(
+        ("step", "call"),
+        [
+            ("invalidate", lambda c: c.invalidate_tags("t")),
+            ("invalidate", lambda c: c.invalidate_prefix("k")),
+            ("flush", lambda c: c.clear()),
+        ],
+    )
+    def test_nothing_comes_between_an_invalidations_stamp_and_its_effect(self, make, monkeypatch, step, call):
+        """A touch or an increment there would give what is to die a younger stamp, and it would live on."""
+        cache = make("moka")
+        cache.set("k", "old", tags=["t"])
+        tier = cache._parts.tier
+        take_effect, tried = getattr(tier, step), []
+
+        def try_lock():
+            is_free = tier.alone.acquire(blocking=False)
+            if is_free:
+                tier.alone.release()
+            return is_free
+
+        def look(*arguments):
+            tried.append(Background(try_lock).result())
+            return take_effect(*arguments)
+
+        monkeypatch.setattr(tier, step, look)
+        assert call(cache) is True
+        assert tried == [False]
+        assert cache.get("k", MISS) is MISS
+
+
 class TestWithoutAnAnswer:
     CALLS = pytest.mark.parametrize(
         "call",
