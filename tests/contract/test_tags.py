@@ -7,8 +7,9 @@ from celery.exceptions import Retry, SoftTimeLimitExceeded
 
 from celery_mlcache import MISS, create_cache_manager
 from celery_mlcache.errors import CacheKeyError, RemoteStoreError
+from celery_mlcache.floors import MAX_PREFIXES
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.wire import HEAD_SIZE, pack_head, split_value
+from celery_mlcache.wire import HEAD_SIZE, MAX_STAMP, pack_head, parse_message, split_value
 from tests.contract.test_manager import (
     WITH_L2,
     Background,
@@ -460,6 +461,23 @@ class TestExpiry:
         for store in (lambda: cache.set("k", 1, stale_ttl=bad), lambda: cache.get_or_set("k", never, stale_ttl=bad)):
             with pytest.raises(ValueError, match="stale_ttl must be a number of seconds >= 0"):
                 store()
+
+
+class TestGarbage:
+    def test_prefixes_that_nobody_invalidated_void_l1_for_a_moment_only(self, make):
+        """More than are remembered, with a stamp that no counter reaches: the next proof forgets them."""
+        cache = make("both")
+        cache.warm()
+        wait_until(lambda: cache.stats()["lease"] == "held", what="the lease")
+        text = "\n".join(["1", "P", str(MAX_STAMP), "0", *[f"p{i}" for i in range(MAX_PREFIXES + 1)]])
+        cache._parts.tier.on_message(parse_message(text.encode()))
+        assert cache.get("absent", MISS) is MISS
+
+        def is_kept():
+            cache.set("k", 1)
+            return cache.stats()["l1_entries"] > 0
+
+        wait_until(is_kept, what="L1 to hold something again")
 
 
 class TestL1Alone:
