@@ -345,8 +345,8 @@ class CacheManager:
         """
         if ttl is not None:
             check_ttl(ttl)
-        checked = check_tags(tags) if tags else ()
-        if stale_ttl:
+        checked = check_tags(tags) if tags != () else ()
+        if stale_ttl != 0:
             check_stale_ttl(stale_ttl)
         lease = self._coherence.lease_until  # as in get(), and written out for the same reason
         try:
@@ -402,7 +402,9 @@ class CacheManager:
             if stale is None:
                 raise
             log.warning("a loader failed, and a stale value is served", exc_info=exc, extra={"key": ticket.key})
-            flight.land(stale)
+            departure.tags = (*departure.tags, *stale.tags)  # before the question: now these count too
+            if parts.tier.is_current(departure):
+                flight.land(stale)  # else it may be dead to who came later, and they ask for themselves
             return stale.read()
         draft = self._draft(parts, found, loaded, options)
         if draft is None:
@@ -910,10 +912,11 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         parts.stats.flushes += 1
-        floor = self._invalidate(parts, lambda remote, seen: remote.clear(seen=seen))
-        if floor is None:
-            return False
-        parts.tier.flush(floor)
+        with self._alone(parts):
+            floor = self._invalidate(parts, lambda remote, seen: remote.clear(seen=seen))
+            if floor is None:
+                return False
+            parts.tier.flush(floor)
         return True
 
     def expire(self, key: str) -> bool:
@@ -962,12 +965,13 @@ class CacheManager:
         if not checked:
             return True
         parts.stats.tag_invalidations += len(checked)
-        stamp = self._invalidate(
-            parts, lambda remote, seen: remote.invalidate_tags(checked, seen=seen, is_soft=is_soft)
-        )
-        if stamp is None:
-            return False
-        parts.tier.invalidate(checked, (), stamp)
+        with self._alone(parts):
+            stamp = self._invalidate(
+                parts, lambda remote, seen: remote.invalidate_tags(checked, seen=seen, is_soft=is_soft)
+            )
+            if stamp is None:
+                return False
+            parts.tier.invalidate(checked, (), stamp)
         return True
 
     def invalidate_prefix(self, prefix: str) -> bool:
@@ -991,10 +995,11 @@ class CacheManager:
             stamp, unswept[:] = remote.invalidate_prefix(prefix, seen=seen)
             return stamp
 
-        stamp = self._invalidate(parts, tell)
-        if stamp is None:
-            return False
-        parts.tier.invalidate((), (prefix,), stamp)
+        with self._alone(parts):
+            stamp = self._invalidate(parts, tell)
+            if stamp is None:
+                return False
+            parts.tier.invalidate((), (prefix,), stamp)
         if parts.remote is not None:
             try:
                 for each in unswept:

@@ -185,7 +185,7 @@ class Tier:
             self.coherence.note(snapshot.token)
             self.coherence.missed(ticket, 0 if snapshot.data is not None else snapshot.stamp, snapshot.floor)
             if self.local is not None:
-                self.local.void_below(self.coherence.floors.everything)
+                self.local.void_below(snapshot.floor)  # the server's own: garbage must not raise it for good
                 self.local.discard_older(ticket.key, snapshot.token + 1)
 
     def met(self, ticket: Ticket, stamp: int) -> None:

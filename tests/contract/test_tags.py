@@ -7,8 +7,9 @@ from celery.exceptions import Retry, SoftTimeLimitExceeded
 
 from celery_mlcache import MISS, create_cache_manager
 from celery_mlcache.errors import CacheKeyError, RemoteStoreError
+from celery_mlcache.floors import MAX_PREFIXES
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.wire import HEAD_SIZE, pack_head, split_value
+from celery_mlcache.wire import HEAD_SIZE, MAX_STAMP, pack_head, parse_message, split_value
 from tests.contract.test_manager import (
     WITH_L2,
     Background,
@@ -372,6 +373,40 @@ class TestExpiry:
         assert call.result() == "old"
         assert cache.get("k", MISS) is MISS
 
+    @pytest.mark.parametrize("first", [lambda c: c.expire("k"), lambda c: c.expire_tags("t")])
+    def test_what_has_expired_is_not_removed_by_another_expiry(self, cache, first):
+        """It ends a life; what is kept beyond it stays, and a removal still takes it."""
+        cache.set("k", "v", 60, stale_ttl=60, tags=["t"])
+        first(cache)
+        assert cache.expire("k") is False
+        assert cache.get("k", MISS) is MISS
+        assert cache.get("k", stale=True) == "v"
+        cache.invalidate_tags("t")
+        assert cache.expire("k") is False
+        assert cache.get("k", MISS, stale=True) is MISS
+
+    def test_a_stale_value_that_was_removed_meanwhile_is_not_shared(self, cache, monkeypatch):
+        """Whoever comes after the removal does not get it from a flight that found it before."""
+        cache.set("k", "v", 60, stale_ttl=60, tags=["t"])
+        cache.expire("k")
+        followers = []
+        find_stale = cache._find_stale
+
+        def late(parts, key):
+            found = find_stale(parts, key)
+            cache.invalidate_tags("t")
+            followers.append(Background(lambda: cache.get_or_set("k", lambda: "new", stale_ttl=60)))
+            wait_until(lambda: parts.flights._table["k"]._event is not None, what="the follower to wait")
+            return found
+
+        monkeypatch.setattr(cache, "_find_stale", late)
+
+        def loader():
+            raise ConnectionError("down")
+
+        assert cache.get_or_set("k", loader, stale_ttl=60) == "v"
+        assert followers[0].result() == "new"
+
     def test_a_new_value_takes_the_place_of_a_stale_one(self, cache):
         """A loader that does not fail is what everybody waits for."""
         cache.set("k", "v", 60, stale_ttl=60)
@@ -420,11 +455,61 @@ class TestExpiry:
         assert cache.get("k", MISS, stale=True) is MISS
         assert cache.expire("k") is False
 
-    @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "5", None])
+    @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "5", None, "", []])
     def test_bad_stale_ttls_raise(self, cache, bad):
-        """With what is allowed."""
-        with pytest.raises(ValueError, match="stale_ttl must be a number of seconds >= 0"):
-            cache.set("k", 1, stale_ttl=bad)
+        """With what is allowed, and before anything is loaded."""
+        for store in (lambda: cache.set("k", 1, stale_ttl=bad), lambda: cache.get_or_set("k", never, stale_ttl=bad)):
+            with pytest.raises(ValueError, match="stale_ttl must be a number of seconds >= 0"):
+                store()
+
+
+class TestGarbage:
+    def test_prefixes_that_nobody_invalidated_void_l1_for_a_moment_only(self, make):
+        """More than are remembered, with a stamp that no counter reaches: the next proof forgets them."""
+        cache = make("both")
+        cache.warm()
+        wait_until(lambda: cache.stats()["lease"] == "held", what="the lease")
+        text = "\n".join(["1", "P", str(MAX_STAMP), "0", *[f"p{i}" for i in range(MAX_PREFIXES + 1)]])
+        cache._parts.tier.on_message(parse_message(text.encode()))
+        assert cache.get("absent", MISS) is MISS
+
+        def is_kept():
+            cache.set("k", 1)
+            return cache.stats()["l1_entries"] > 0
+
+        wait_until(is_kept, what="L1 to hold something again")
+
+
+class TestL1Alone:
+    @pytest.mark.parametrize(
+        ("step", "call"),
+        [
+            ("invalidate", lambda c: c.invalidate_tags("t")),
+            ("invalidate", lambda c: c.invalidate_prefix("k")),
+            ("flush", lambda c: c.clear()),
+        ],
+    )
+    def test_nothing_comes_between_an_invalidations_stamp_and_its_effect(self, make, monkeypatch, step, call):
+        """A touch or an increment there would give what is to die a younger stamp, and it would live on."""
+        cache = make("moka")
+        cache.set("k", "old", tags=["t"])
+        tier = cache._parts.tier
+        take_effect, tried = getattr(tier, step), []
+
+        def try_lock():
+            is_free = tier.alone.acquire(blocking=False)
+            if is_free:
+                tier.alone.release()
+            return is_free
+
+        def look(*arguments):
+            tried.append(Background(try_lock).result())
+            return take_effect(*arguments)
+
+        monkeypatch.setattr(tier, step, look)
+        assert call(cache) is True
+        assert tried == [False]
+        assert cache.get("k", MISS) is MISS
 
 
 class TestWithoutAnAnswer:

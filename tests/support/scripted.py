@@ -318,14 +318,15 @@ class Server:
 
     def expire(self, key: str, seen: int) -> tuple[int, bool]:
         stamp, floor = self._next_stamp(seen)
-        found, _ = self._stored(key, floor)
+        was_live = self._stored(key, floor)[0] is not None
+        found, _ = self._stored(key, floor, is_lenient=True)
         fenced = self._after(milliseconds(TOMBSTONE_TTL))
         if found is not None and found.stale_ms > self.now_us() // 1000:
             self._put(key, stamp, self._after(0), found.tail, fenced, found.stale_ms)
         else:
             self._put(key, stamp, fenced, GRAVE)
         self._announce("D", stamp, key)
-        return stamp, found is not None
+        return stamp, was_live
 
     def invalidate_tags(self, tags: Sequence[str], seen: int, *, is_soft: bool = False) -> int:
         stamp, _ = self._next_stamp(seen)
