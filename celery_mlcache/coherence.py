@@ -190,18 +190,20 @@ class Coherence:
         """Note that *stamp* exists."""
         self.highest = max(self.highest, stamp)
 
-    def is_current(self, flight: Departure, now: float) -> bool:
-        """May a newcomer share the answer of a flight?
+    def is_current(self, flight: Departure, now: float, tags: Sequence[str] = ()) -> bool:
+        """May a newcomer share the answer of a flight, who would give it *tags*?
 
-        Not if anything happened to the key or to one of the tags since, nor if a barrier was raised after the flight
-        began. Without a fresh proof nothing tells what happened: only a flight younger than the bound will do then.
+        Not if anything happened to the key or to one of the tags of either since, nor if a barrier was raised after the
+        flight began. Without a fresh proof nothing tells what happened: only a flight younger than the bound will do then.
         """
         ticket, token = flight.ticket, flight.token
         is_proven = self.is_proven and now < self._proof_until
         is_covered = not self._synced or is_proven or now - flight.began <= self._delta
         is_untouched = ticket.epoch == self.epoch and ticket.raised <= token
         # Before it has read its miss it may read a value with tags that nobody knows yet.
-        is_tag_untouched = self.floors.of_tags(flight.tags) <= token if token else self.floors.newest <= flight.newest
+        is_tag_untouched = (
+            self.floors.of_tags((*flight.tags, *tags)) <= token if token else self.floors.newest <= flight.newest
+        )
         return is_covered and is_untouched and is_tag_untouched and flight.barrier >= self.required
 
     def fence(self, ticket: Ticket, token: int, taken_at: float, now: float, tags: Sequence[str] = ()) -> int | None:

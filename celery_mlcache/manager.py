@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -371,7 +371,7 @@ class CacheManager:
         if parts.remote is None and parts.tier.local is None:
             parts.stats.misses += 1
             return self._load(parts, loader)  # switched off: every loader runs
-        flight, is_leader = parts.flights.board(key, _is_current)
+        flight, is_leader = parts.flights.board(key, partial(_is_current, options[1]))
         if not is_leader:
             if flight.result is None:
                 return self._load(parts, loader)  # the leader's result cannot be copied: no use in waiting in line
@@ -402,17 +402,19 @@ class CacheManager:
             if stale is None:
                 raise
             log.warning("a loader failed, and a stale value is served", exc_info=exc, extra={"key": ticket.key})
-            departure.tags = (*departure.tags, *stale.tags)  # before the question: now these count too
-            if parts.tier.is_current(departure):
-                flight.land(stale)  # else it may be dead to who came later, and they ask for themselves
             return stale.read()
         draft = self._draft(parts, found, loaded, options)
         if draft is None:
             flight.land(None)
             return loaded
         winner = self._fill(parts, [draft]).get(ticket.key)
-        flight.land(draft.shelved if winner is None else winner.shelved)
-        return loaded if winner is None else winner.value
+        if winner is None:
+            flight.land(draft.shelved)
+            return loaded
+        departure.tags = (*departure.tags, *winner.shelved.tags)
+        if parts.tier.is_current(departure, ()):
+            flight.land(winner.shelved)  # else it may be dead to who came later, and they ask for themselves
+        return winner.value
 
     def get_or_set_many(
         self,
@@ -979,8 +981,9 @@ class CacheManager:
 
         All are dead after the first round trip. Then L2 is scanned, in batches of about 500 keys, and what is dead is
         unlinked: that takes as long as there are keys in the database, and if it is broken off the rest goes as its
-        life ends, or with the next call. While many invalidated prefixes wait for that (64), the next one clears the
-        whole namespace. Where entries are often invalidated together, tags cost less.
+        life ends, or with a later call. While 64 invalidated prefixes wait for their scans (in a cluster they always
+        do), the next one clears the whole namespace. A load that began before, of whatever key, is not stored unless this
+        process has heard meanwhile that it is not concerned. What is often invalidated together costs less with tags.
 
         Raises:
             CacheKeyError: No key can begin with *prefix*.
@@ -1001,11 +1004,9 @@ class CacheManager:
                 return False
             parts.tier.invalidate((), (prefix,), stamp)
         if parts.remote is not None:
-            try:
+            with suppress(RemoteStoreError):  # even if strict: they are dead, and go as their lives end
                 for each in unswept:
                     parts.remote.sweep(each, stamp, seen=parts.tier.highest_stamp())
-            except RemoteStoreError as exc:
-                self._failed(parts, exc)
         return True
 
     def _invalidate(self, parts: Parts, tell: Callable[[RemoteStore, int], int]) -> int | None:
@@ -1175,9 +1176,8 @@ class CacheManager:
             return None
         try:
             (snapshot,) = parts.remote.read((key,), seen=parts.tier.highest_stamp(), is_lenient=True)
-        except RemoteStoreError as exc:
-            self._failed(parts, exc)
-            return None
+        except RemoteStoreError:
+            return None  # even if strict: whoever asks has an answer without it
         if snapshot.data is None:
             return None
         try:
@@ -1233,8 +1233,8 @@ def _distinct(keys: Iterable[str]) -> dict[str, None]:
         return dict.fromkeys(check_key(key) for key in given)  # names the unhashable one
 
 
-def _is_current(flight: Flight) -> bool:
-    return flight.ticket() if callable(flight.ticket) else True  # without one it has not read anything yet
+def _is_current(tags: tuple[str, ...], flight: Flight) -> bool:
+    return flight.ticket(tags) if callable(flight.ticket) else True  # without one it has not read anything yet
 
 
 def _shelved(entry: Entry) -> Shelved:

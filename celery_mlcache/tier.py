@@ -222,10 +222,10 @@ class Tier:
             coherence = self.coherence
             return Departure(ticket, self._clock(), coherence.floors.newest, coherence.required, tags=tags)
 
-    def is_current(self, flight: Departure) -> bool:
-        """May a newcomer share the answer of a flight? See :meth:`Coherence.is_current`."""
+    def is_current(self, flight: Departure, tags: Sequence[str]) -> bool:
+        """May a newcomer with *tags* share the answer of a flight? See :meth:`Coherence.is_current`."""
         with self._lock:
-            return self.coherence.is_current(flight, self._clock())
+            return self.coherence.is_current(flight, self._clock(), tags)
 
     @property
     def alone(self) -> threading.RLock:

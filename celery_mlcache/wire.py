@@ -24,13 +24,13 @@ Message, on the channel: lines of UTF-8 joined by ``\n`` (names hold no control 
             the tags named), P (keys that begin with the prefix named), F flush (everything)
     time    the server's clock when it announced, microseconds since 1970: for measuring lag, never for coherence
 
-Floors, in one Redis string; each line after the first is a prefix that was invalidated::
+Floors, in one Redis string; each line after the first is a prefix that was invalidated and is not swept yet::
 
-    floor SP newest [\n stamp SP until SP prefix]...
+    floor SP newest SP guard [\n stamp SP prefix]...
 
     floor   values stamped below it are dead
     newest  stamp of the newest invalidation of any tag: a value not older than it needs no look at its tags
-    until   the server's clock, ms, when the line may go, because no older value is left; 0: not known yet
+    guard   stamp of the newest invalidation of any prefix: fills that began before it are refused
 
 Record of a tag, in a Redis string that lives longer than what carries the tag: ``stamp SP soft SP until``. What
 carries the tag and is older than the stamp is dead, what is older than *soft* has expired; where there is no record,
@@ -125,9 +125,10 @@ def is_plain(floors: object, values: Iterable[object]) -> bool:
 
     Not where prefixes are told in *floors*, and not for a value with tags that is older than the newest invalidation.
     """
-    floor, newest = floors.split(b" ", 1) if isinstance(floors, bytes) and b" " in floors else (b"", b"")
-    if not newest.isdigit() or len(newest) > _MAX_DIGITS:
+    fields = floors.split(b" ") if isinstance(floors, bytes) and b"\n" not in floors else []
+    if len(fields) != 3 or not fields[1].isdigit() or len(fields[1]) > _MAX_DIGITS:  # noqa: PLR2004 - see above
         return False
+    floor, newest, _ = fields
     return floor == newest or not any(
         isinstance(data, bytes) and _is_older(data, int(newest)) and _has_tags(data) for data in values
     )

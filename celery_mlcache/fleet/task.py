@@ -15,6 +15,7 @@ import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any, ClassVar, Final, TypeVar, overload
 
 from celery import Celery, Task, shared_task
@@ -243,8 +244,10 @@ class TaskCache:
         templates = self._options.tags
         if not templates:
             return ()
+        # As in the key: on its way through the broker an enum becomes its value.
+        wire = {name: value.value if isinstance(value, Enum) else value for name, value in bound.items()}
         try:
-            return check_tags([template.format_map(bound) if "{" in template else template for template in templates])
+            return check_tags([template.format_map(wire) for template in templates])
         except CacheKeyError:
             raise
         except Exception as exc:  # whatever a user's __format__ raises

@@ -7,7 +7,8 @@ local outcome = {}
 for i = 3, #KEYS do
   local token, until_ms = tonumber(ARGV[4 * i - 5]), tonumber(ARGV[4 * i - 4])
   local answer = {2}
-  if counter and floor and counter >= token and floor <= token and now_ms() <= until_ms then
+  local is_fenced = counter and floor and counter >= token and math.max(floor, guard) <= token
+  if is_fenced and now_ms() <= until_ms then
     local data, stamp = stored(KEYS[i], floor)
     local expires, tail = after(ARGV[4 * i - 3]), ARGV[4 * i - 2]
     local stale = stale_end(expires, ARGV[6])

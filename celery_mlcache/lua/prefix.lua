@@ -3,17 +3,17 @@
 local stamp, floor = next_stamp()
 local kept, unswept = {}, {ARGV[6]}
 for _, p in ipairs(prefixes) do
-  if string.sub(p[3], 1, #ARGV[6]) ~= ARGV[6] then
-    kept[#kept + 1] = p
-    if p[2] == 0 then unswept[#unswept + 1] = p[3] end
+  if string.sub(p[2], 1, #ARGV[6]) ~= ARGV[6] then
+    kept[#kept + 1], unswept[#unswept + 1] = p, p[2]
   end
 end
+guard = stamp
 if #kept >= tonumber(ARGV[7]) then
   announce('F', stamp)
   floor, newest, prefixes = stamp, stamp, {}
 else
   announce('P', stamp, ARGV[6])
-  kept[#kept + 1] = {stamp, 0, ARGV[6]}
+  kept[#kept + 1] = {stamp, ARGV[6]}
   prefixes = kept
 end
 save_floors(floor)

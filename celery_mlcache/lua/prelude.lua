@@ -10,7 +10,8 @@ local MAX_INTEGER = 9007199254740992 -- as wire.py's
 
 local top = 0 -- the counter before this script: no stamp above it is one of ours
 local newest = 0 -- the newest invalidation of any tag
-local prefixes = {} -- {stamp, until, prefix} of each prefix that was invalidated
+local guard = 0 -- the newest invalidation of any prefix
+local prefixes = {} -- {stamp, prefix} of each prefix that was invalidated and is not swept yet
 local is_lenient = false -- what has expired will do, if it was stored to be served stale
 
 local function digits(n) return string.format('%.0f', n) end
@@ -42,10 +43,8 @@ local function announce(op, stamp, names)
 end
 
 local function save_floors(floor)
-  local text = digits(floor) .. ' ' .. digits(newest)
-  for _, p in ipairs(prefixes) do
-    text = text .. '\n' .. digits(p[1]) .. ' ' .. digits(p[2]) .. ' ' .. p[3]
-  end
+  local text = digits(floor) .. ' ' .. digits(newest) .. ' ' .. digits(guard)
+  for _, p in ipairs(prefixes) do text = text .. '\n' .. digits(p[1]) .. ' ' .. p[2] end
   redis.call('SET', KEYS[2], text)
 end
 
@@ -53,11 +52,10 @@ end
 local function known_order()
   local counter = tonumber(get(KEYS[1]) or '')
   local floor, rest
-  floor, newest, rest = string.match(get(KEYS[2]) or '', '^(%d+) (%d+)(.*)$')
-  floor, newest = tonumber(floor), tonumber(newest) or 0
-  for stamp, keep_until, prefix in string.gmatch(rest or '', '\n(%d+) (%d+) ([^\n]+)') do
-    local line = {tonumber(stamp), tonumber(keep_until), prefix}
-    if line[2] == 0 or line[2] > now_ms() then prefixes[#prefixes + 1] = line end -- else no older value is left
+  floor, newest, guard, rest = string.match(get(KEYS[2]) or '', '^(%d+) (%d+) (%d+)(.*)$')
+  floor, newest, guard = tonumber(floor), tonumber(newest) or 0, tonumber(guard) or 0
+  for stamp, prefix in string.gmatch(rest or '', '\n(%d+) ([^\n]+)') do
+    prefixes[#prefixes + 1] = {tonumber(stamp), prefix}
   end
   top = counter or 0
   return counter, floor
@@ -72,7 +70,7 @@ local function order()
   local seed = math.max(now_us(), seen + MARGIN, (counter or 0) + MARGIN, (floor or 0) + MARGIN)
   announce('F', seed)
   redis.call('SET', KEYS[1], digits(seed))
-  top, newest, prefixes = seed, seed, {}
+  top, newest, guard, prefixes = seed, seed, seed, {}
   save_floors(seed)
   return seed, seed
 end
@@ -135,7 +133,7 @@ local function invalidated(name, tags, is_hard_only)
     last = math.max(last, record[1], is_hard_only and 0 or record[2])
   end
   for _, p in ipairs(prefixes) do
-    local whole = ARGV[4] .. p[3]
+    local whole = ARGV[4] .. p[2]
     if p[1] > last and string.sub(name, 1, #whole) == whole then last = p[1] end
   end
   return last

@@ -1,6 +1,6 @@
 -- Frees what a prefix or the floor has killed among KEYS[3..]. ARGV[6] prefix, ARGV[7] stamp: all that begins with that
--- prefix and was stored before that stamp has been looked at, so its lines may go once no fill can be on its way
--- ('': not yet). Returns how many were freed.
+-- prefix and was stored before that stamp has been looked at, so its lines may go: fills that began before it are refused
+-- by the guard ('': not yet). Returns how many were freed.
 local _, floor = order()
 local freed = 0
 for i = 3, #KEYS do
@@ -11,10 +11,12 @@ for i = 3, #KEYS do
   end
 end
 if ARGV[7] ~= '' then
+  local kept = {}
   for _, p in ipairs(prefixes) do
-    local is_done = p[2] == 0 and p[1] <= tonumber(ARGV[7]) and string.sub(p[3], 1, #ARGV[6]) == ARGV[6]
-    if is_done then p[2] = after(ARGV[3]) end
+    local is_done = p[1] <= tonumber(ARGV[7]) and string.sub(p[2], 1, #ARGV[6]) == ARGV[6]
+    if not is_done then kept[#kept + 1] = p end
   end
+  prefixes = kept
   save_floors(floor)
 end
 return freed

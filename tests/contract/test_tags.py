@@ -160,6 +160,16 @@ class TestTags:
         assert call.result() in ("old", "new")
         assert cache.get("k") == "new"
 
+    def test_a_newcomers_own_tags_count(self, cache):
+        """It would store its result under them, and knows that they were invalidated after the other had begun."""
+        loader = BlockedLoader("old")
+        call = Background(lambda: cache.get_or_set("k", loader, tags=["t"]))
+        assert loader.has_begun.wait(10)
+        cache.invalidate_tags("u")
+        assert cache.get_or_set("k", lambda: "new", tags=["u"]) == "new"
+        loader.may_end.set()
+        assert call.result() in ("old", "new")
+
     def test_another_tag_does_not_disturb_a_loader(self, cache, wiring):
         """Its result is stored; only a process that hears nothing has to take it for possible, once for each tag."""
         loader = BlockedLoader("value")
@@ -385,28 +395,6 @@ class TestExpiry:
         assert cache.expire("k") is False
         assert cache.get("k", MISS, stale=True) is MISS
 
-    def test_a_stale_value_that_was_removed_meanwhile_is_not_shared(self, cache, monkeypatch):
-        """Whoever comes after the removal does not get it from a flight that found it before."""
-        cache.set("k", "v", 60, stale_ttl=60, tags=["t"])
-        cache.expire("k")
-        followers = []
-        find_stale = cache._find_stale
-
-        def late(parts, key):
-            found = find_stale(parts, key)
-            cache.invalidate_tags("t")
-            followers.append(Background(lambda: cache.get_or_set("k", lambda: "new", stale_ttl=60)))
-            wait_until(lambda: parts.flights._table["k"]._event is not None, what="the follower to wait")
-            return found
-
-        monkeypatch.setattr(cache, "_find_stale", late)
-
-        def loader():
-            raise ConnectionError("down")
-
-        assert cache.get_or_set("k", loader, stale_ttl=60) == "v"
-        assert followers[0].result() == "new"
-
     def test_a_new_value_takes_the_place_of_a_stale_one(self, cache):
         """A loader that does not fail is what everybody waits for."""
         cache.set("k", "v", 60, stale_ttl=60)
@@ -434,18 +422,30 @@ class TestExpiry:
             with pytest.raises(type(error)):
                 cache.get_or_set("k", loader, stale_ttl=60)
 
-    def test_followers_share_what_is_stale(self, cache):
-        """One loader fails for all who wait for it."""
+    def test_followers_are_not_given_what_they_did_not_ask_for(self, cache):
+        """Whoever waits for a loader that fails asks for itself: stale or not is each caller's own choice."""
         cache.set("k", "v", 60, stale_ttl=60)
         cache.expire("k")
         loader = BlockedLoader(ConnectionError("down"))
-        calls = [Background(lambda: cache.get_or_set("k", loader, stale_ttl=60))]
+        leader = Background(lambda: cache.get_or_set("k", loader, stale_ttl=60))
         assert loader.has_begun.wait(10)
-        calls.append(Background(lambda: cache.get_or_set("k", never, stale_ttl=60)))
+        follower = Background(lambda: cache.get_or_set("k", lambda: "new"))
         flights = cache._parts.flights
         wait_until(lambda: flights._table["k"]._event is not None, what="the follower to wait")
         loader.may_end.set()
-        assert [call.result() for call in calls] == ["v", "v"]
+        assert leader.result() == "v"
+        assert follower.result() == "new"
+
+    def test_a_failing_redis_does_not_hide_why_the_loader_failed(self, make):
+        """Strict callers too get the error of their own source."""
+        cache = make("both", strict=True)
+
+        def loader():
+            cache._parts.remote._connect, cache._parts.remote._idle = refuse, type(cache._parts.remote._idle)()
+            raise ValueError("mine")
+
+        with pytest.raises(ValueError, match="mine"):
+            cache.get_or_set("k", loader, stale_ttl=60)
 
     def test_without_l2_nothing_is_kept_stale(self, make):
         """An expiry is a removal there."""

@@ -70,7 +70,6 @@ class Line:
     """A prefix among the floors."""
 
     stamp: int
-    until_ms: int | None
     prefix: str
 
 
@@ -81,7 +80,7 @@ class Server:
         self.clock = clock
         self.counter: int | None = None
         self.floor: int | None = None
-        self.newest = 0
+        self.newest = self.guard = 0
         self.prefixes: list[Line] = []
         self.records: dict[str, tuple[int, int, int]] = {}  # tag: stamp, soft, until (ms)
         self.values: dict[str, Stored] = {}
@@ -94,18 +93,21 @@ class Server:
     def flushall(self) -> None:
         """Lose everything, without a word to anybody."""
         self.counter = self.floor = None
-        self.newest = 0
+        self.newest = self.guard = 0
         self.prefixes.clear()
         self.records.clear()
         self.values.clear()
 
     def save(self) -> Any:
         """Return what a lagging replica would have."""
-        return copy.deepcopy((self.counter, self.floor, self.newest, self.prefixes, self.records, self.values))
+        return copy.deepcopy(
+            (self.counter, self.floor, self.newest, self.guard, self.prefixes, self.records, self.values)
+        )
 
     def restore(self, saved: Any) -> None:
         """Fail over to that replica."""
-        self.counter, self.floor, self.newest, self.prefixes, self.records, self.values = copy.deepcopy(saved)
+        self.counter, self.floor, self.newest, self.guard, *rest = copy.deepcopy(saved)
+        self.prefixes, self.records, self.values = rest
 
     def live(self, key: str) -> Stored | None:
         """Return what a read would find, or None."""
@@ -124,7 +126,7 @@ class Server:
         if self.counter and self.floor and self.counter >= seen:
             return self.counter, self.floor
         seed = max(self.now_us(), seen + MARGIN, (self.counter or 0) + MARGIN, (self.floor or 0) + MARGIN)
-        self.counter = self.floor = self.newest = seed
+        self.counter = self.floor = self.newest = self.guard = seed
         self.prefixes.clear()
         self._announce("F", seed)
         return seed, seed
@@ -191,11 +193,8 @@ class Server:
                 self.records[tag] = stamp, soft, 2 * expires_ms - self.now_us() // 1000
 
     def _invalidated(self, key: str, tags: Sequence[str], *, is_lenient: bool = False) -> int:
-        lines = [line.stamp for line in self.prefixes if self._stands(line) and key.startswith(line.prefix)]
+        lines = [line.stamp for line in self.prefixes if key.startswith(line.prefix)]
         return max([0, *lines, *[max(self._record_of(tag)[: 1 if is_lenient else 2]) for tag in tags]])
-
-    def _stands(self, line: Line) -> bool:
-        return line.until_ms is None or line.until_ms > self.now_us() // 1000
 
     def _snapshot(self, key: str, counter: int, floor: int, *, is_lenient: bool = False) -> Snapshot:
         found, stamp = self._stored(key, floor, is_lenient=is_lenient)
@@ -234,7 +233,7 @@ class Server:
         found, stamp = self._stored(key, floor)
         if (found is not None) if expected is None else (stamp != expected):
             return None
-        if fence is not None and self._invalidated(key, tags_of(tail)) > fence:
+        if fence is not None and max(self.guard, self._invalidated(key, tags_of(tail))) > fence:
             return None
         if ms is None and found is None:
             return None
@@ -262,7 +261,7 @@ class Server:
         for key, tail, ms, (token, clock) in items:
             answer = Filled(is_stored=False, winner=None, refused="fence")
             is_early = now_ms <= int(clock * 1000) + milliseconds(TOMBSTONE_TTL) // 2
-            if self.counter and self.floor and self.counter >= token and self.floor <= token and is_early:
+            if self.counter and self.floor and self.counter >= token >= max(self.floor, self.guard) and is_early:
                 found, stamp = self._stored(key, self.floor)
                 if found is not None:
                     winner = self._snapshot(key, self.counter, self.floor)
@@ -311,7 +310,7 @@ class Server:
 
     def clear(self, seen: int) -> int:
         self.floor, _ = self._next_stamp(seen)
-        self.newest = self.floor
+        self.newest = self.guard = self.floor
         self.prefixes.clear()
         self._announce("F", self.floor)
         return self.floor
@@ -342,11 +341,12 @@ class Server:
 
     def invalidate_prefix(self, prefix: str, seen: int) -> tuple[int, list[str]]:
         stamp, _ = self._next_stamp(seen)
-        self.prefixes = [line for line in self.prefixes if self._stands(line) and not line.prefix.startswith(prefix)]
-        unswept = [line.prefix for line in self.prefixes if line.until_ms is None]
-        self.prefixes.append(Line(stamp, None, prefix))
+        self.prefixes = [line for line in self.prefixes if not line.prefix.startswith(prefix)]
+        unswept = [line.prefix for line in self.prefixes]
+        self.prefixes.append(Line(stamp, prefix))
+        self.guard = stamp
         self._announce("P", stamp, prefix)
-        return stamp, [prefix, *unswept]
+        return stamp, [prefix, *unswept][:2]
 
     def sweep(self, prefix: str, stamp: int, seen: int) -> int:
         _, floor = self.order(seen)
@@ -355,9 +355,7 @@ class Server:
             if self.values[key].stamp < max(floor, self._invalidated(key, ())):
                 del self.values[key]
                 freed += 1
-        for line in self.prefixes:
-            if line.until_ms is None and line.stamp <= stamp and line.prefix.startswith(prefix):
-                line.until_ms = self._after(milliseconds(TOMBSTONE_TTL))
+        self.prefixes = [line for line in self.prefixes if line.stamp > stamp or not line.prefix.startswith(prefix)]
         return freed
 
 

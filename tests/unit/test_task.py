@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 import pytest
 from celery import Celery, Task, _state, shared_task
@@ -542,6 +542,18 @@ class TestTags:
         assert app.mlcache.stats()["uncacheable_calls"] == 4
         with pytest.raises(CacheKeyError, match="tag"):
             price.cache.tags("a")
+
+    def test_an_enum_is_what_it_becomes_on_the_wire(self, app):
+        """As in the key: a direct call and one through the broker carry the same tag; braces are those of a format."""
+
+        class Color(str, Enum):  # noqa: UP042 - the older spelling formats as "Color.RED"
+            RED = "red"
+
+        @cached_task(app=app, tags=["c:{color}", "{{x}}", "y}}"])
+        def paint(color):
+            return 1
+
+        assert paint.cache.tags(Color.RED) == paint.cache.tags("red") == ("c:red", "{x}", "y}")
 
     def test_each_element_of_a_bound_task(self, app, runs):
         """``self`` is no argument."""

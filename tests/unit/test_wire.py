@@ -90,8 +90,8 @@ def test_tags_and_prefixes_are_not_keys(op, field):
 @pytest.mark.parametrize(
     ("counter", "floors", "order"),
     [
-        (b"7", b"5 6", (7, 5)),
-        (b"7", b"5 6\n6 0 user:", (7, 5)),
+        (b"7", b"5 6 6", (7, 5)),
+        (b"7", b"5 6 6\n6 user:", (7, 5)),
         (b"7", b"5", (7, 5)),
         (None, None, (0, 0)),
         (b"x", b" 5 6", (0, 0)),
@@ -114,19 +114,20 @@ def stored(stamp, *tags, kind=KIND_VALUE):
 @pytest.mark.parametrize(
     ("floors", "value", "expected"),
     [
-        (b"5 7", stored(6, "t"), False),
-        (b"5 7", stored(6), True),
-        (b"5 7", stored(7, "t"), True),
-        (b"5 7", stored(6, kind=KIND_TOMBSTONE), True),
-        (b"5 7", None, True),
-        (b"5 7", b"garbage" * 20, True),
-        (b"5 7", stored(6, "t")[:48], True),
-        (b"7 7", stored(6, "t"), True),
-        (b"5 5\n6 0 user:", None, False),
+        (b"5 7 5", stored(6, "t"), False),
+        (b"5 7 5", stored(6), True),
+        (b"5 7 5", stored(7, "t"), True),
+        (b"5 7 5", stored(6, kind=KIND_TOMBSTONE), True),
+        (b"5 7 5", None, True),
+        (b"5 7 5", b"garbage" * 20, True),
+        (b"5 7 5", stored(6, "t")[:48], True),
+        (b"7 7 7", stored(6, "t"), True),
+        (b"5 5 6\n6 user:", None, False),
         (b"5", None, False),
         (b"", None, False),
         (None, None, False),
-        (b"5 " + b"9" * 40, None, False),
+        (b"5 " + b"9" * 40 + b" 1", None, False),
+        (b"5 7", None, False),
     ],
 )
 def test_what_plain_commands_can_judge(floors, value, expected):
