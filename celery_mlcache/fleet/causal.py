@@ -34,7 +34,7 @@ from celery import _state, signals
 from celery.backends.base import BaseKeyValueStoreBackend
 
 from celery_mlcache.config import ConfigurationWarning
-from celery_mlcache.errors import ConfigurationError, MLCacheError
+from celery_mlcache.errors import ConfigurationError, MLCacheError, RemoteStoreError
 from celery_mlcache.keys import format_token, parse_token
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ class Bearer:
             cache.barrier(format_token(namespace, stamp))
             with suppress(ValueError):  # another thread was faster
                 heard.remove(stamp)
-        return cache.latest_token() if is_latest else cache.token()
+        if is_latest:
+            with suppress(RemoteStoreError):  # ``strict`` and no answer: what we know ourselves is better than nothing
+                return cache.latest_token()
+        return cache.token()
 
     def hear(self, stamps: dict[str, int]) -> bool:
         """Raise a barrier to the stamp of this fleet's namespace; return whether there was one."""
@@ -148,7 +151,7 @@ def tell(*, is_latest: bool = False) -> str:
         try:
             bearer = each()
             token = "" if bearer is None else bearer.token(is_latest=is_latest)
-        except (MLCacheError, ValueError) as exc:  # closed meanwhile; ``strict`` and no answer
+        except (MLCacheError, ValueError) as exc:  # closed meanwhile
             _warn("no token to send", exc)
         else:
             if token and not token.endswith("@0"):
@@ -193,7 +196,8 @@ def carry_results(app: Any) -> None:
 def carry(backend: Any) -> Any:
     """Have one result backend carry tokens as far as it can, and return it."""
     if not hasattr(backend, _CARRIER):
-        setattr(backend, _CARRIER, _Carrier(backend))
+        with suppress(AttributeError):  # no such method, or no place for another
+            setattr(backend, _CARRIER, _Carrier(backend))
     return backend
 
 

@@ -366,6 +366,13 @@ class TestResults:
         assert HEADER not in backend._get_result_meta(1, "SUCCESS", None, None)
         assert backend.on_chord_part_return(SimpleNamespace(), "SUCCESS", 1) is None
 
+    @pytest.mark.parametrize("names", [(), ("on_chord_part_return",)])
+    def test_a_backend_without_the_names_or_a_place_for_others_is_left_alone(self, names):
+        """Such a backend works as before: nobody's task is lost for want of a token."""
+        kind = type("Foreign", (), {"__slots__": (), **dict.fromkeys(names, len)})
+        backend = kind()
+        assert causal.carry(backend) is backend
+
     def test_celery_still_has_the_names_that_are_wrapped(self):
         """Results carry tokens by private names of Celery's: this fails with the release that drops one."""
         from celery.backends.base import Backend
@@ -395,6 +402,16 @@ class TestChords:
         causal.carry(backend).on_chord_part_return(None, "SUCCESS", 1)
         assert found == ["shop@900"] * 3
         assert sent(app)[HEADER] == "shop@7"
+
+    def test_without_an_answer_the_body_carries_what_its_sender_knows(self, app, monkeypatch):
+        """With ``strict`` and no answer from L2, the members' writes are not told of, but the sender's own are."""
+
+        def latest_token():
+            raise RemoteStoreError("read", "no answer")
+
+        monkeypatch.setattr(cache_of(app), "latest_token", latest_token)
+        with causal._joining():
+            assert sent(app)[HEADER] == "shop@7"
 
     def test_a_polled_chord(self, app):
         """Where a task polls for the members' ends, its message to the body, but not to itself, does the same."""
