@@ -102,6 +102,8 @@ class Bearer:
         if config is None:
             if self._tried is fleet.overrides:
                 return ""
+            if fleet.given is None and not (fleet.cache.is_running or getattr(fleet.app, "configured", True)):
+                return ""  # another app's token must not have this one's settings read before they are complete
             self._tried = fleet.overrides  # once, for reading wrong settings again with every message would be dear
             try:
                 config = fleet.config
@@ -170,7 +172,7 @@ def hear(text: object) -> None:
         except (MLCacheError, ValueError) as exc:
             _warn("a token was not heard", exc)
     if not stamps:
-        _warn("a malformed token was ignored", repr(text)[:80])
+        _warn("a malformed token was ignored", repr(text)[:80] if isinstance(text, str) else type(text).__name__)
     elif not is_ours:
         log.debug("a token of another namespace was ignored", extra={"token": repr(text)[:80]})
 

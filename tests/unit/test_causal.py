@@ -263,6 +263,7 @@ class TestHearing:
         The same goes for settings with a warning, where warnings are errors, as they are in these tests.
         """
         app = make(is_running=False, **conf)
+        assert app.conf.broker_url  # it is configured
         fleet, reads = find_fleet(app), []
         load = fleet._load
         monkeypatch.setattr(fleet, "_load", lambda: reads.append(1) or load())
@@ -273,6 +274,24 @@ class TestHearing:
         setup_cache(app, l1_ttl=5, redis_ssl=True)  # mended, before it was used
         causal.hear("shop@9")
         assert sent(app)[HEADER] == "shop@9"
+
+    def test_another_apps_token_settles_nothing(self):
+        """Hearing a token does not read the settings of an app that is not configured yet, which may change or fail."""
+        app = Celery("late", set_as_current=False)
+        setup_cache(app)
+        broken = Celery("broken", set_as_current=False)
+        broken.config_from_object("no_such_module")
+        setup_cache(broken)
+        causal.hear("shop@9")
+        app.conf.update(mlcache_cache_namespace="mine")
+        assert find_fleet(app).config.cache_namespace == "mine"
+
+    def test_nested_without_end(self):
+        """What has no repr either is ignored."""
+        text: list = []
+        for _ in range(10**5):
+            text = [text]
+        causal.hear(text)
 
     def test_what_was_heard_before_the_first_use_is_told(self):
         """A process that has not used its cache hands on what it heard, without starting it, and tells it later."""
