@@ -164,6 +164,8 @@ def _split_hosts(url: str) -> tuple[str, list[str]]:
     scheme, _, rest = url.partition("://")
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     user, at, hosts = authority.rpartition("@")
+    if "@" in user and "," in user:
+        raise BadUrlError("must say user and password once, before the first host, and percent-encode them")
     first, *others = hosts.split(",")
     return f"{scheme}://{user}{at}{first}{rest[len(authority) :]}", [f"{scheme}://{host}" for host in others]
 

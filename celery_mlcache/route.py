@@ -28,7 +28,14 @@ from redis.exceptions import AskError, MovedError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 Address = tuple[str, int]
-GUIDE_ERRORS: Final = (RedisError, OSError, ValueError, TypeError, LookupError)  # broken, or no Redis at all
+GUIDE_ERRORS: Final = (
+    RedisError,
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)  # broken, or no Redis at all
 _REDIRECTION: Final = re.compile(r"(?:(?:MOVED|ASK) )?[0-9]+ (.*):([0-9]+)")
 
 
@@ -121,13 +128,13 @@ class Route:
         self._asked_at = 0.0
         self._turn = 0
         self._epoch = 0
-        self._hint: Address | None = None
+        self._hint: tuple[Address | None, float] = (None, 0.0)  # and until when
         self.current: Address | None = None
 
     def find(self) -> Address:
         """Return the address for a new connection: where a redirection has sent us, or what a guide says."""
-        hint, self._hint = self._hint, None
-        self.current = hint or self._asked()
+        hint, until = self._hint
+        self.current = hint if hint is not None and self._clock() < until else self._asked()
         return self.current
 
     def refresh(self) -> None:
@@ -144,29 +151,37 @@ class Route:
                 self._epoch, self.current = told.epoch, told.address
 
     def follow(self, address: Address) -> None:
-        """Take the next connection to *address*: the server that was asked says that it is there."""
-        self._hint = address
+        """Take connections to *address* for a while: the server that was asked says that it is there.
+
+        For as long as guides may be asked: all threads that were sent away want to go there, and a guide that has not
+        heard of it would lead them back. From now on, so that none takes an idle connection to where it was sent away.
+        """
+        self._hint = (address, self._clock() + self._budget)
+        self.current = address
 
     def _asked(self) -> Address:
-        until = self._clock() + self._budget
+        guides, until = self._guides, self._clock() + self._budget
         outdated: list[Told] = []
-        silent: list[tuple[Address, Exception]] = []
-        for guide in self._guides:
+        silent: list[Address] = []
+        useless: list[Address] = []  # with those that know only old news
+        why: Exception | None = None
+        for guide in guides:
             try:
                 told = self._ask(self._dial(guide), guide)
             except GUIDE_ERRORS as exc:
-                silent.append((guide, exc))
+                silent.append(guide)
+                why = exc
             else:
                 if told.epoch >= self._epoch:
-                    return self._believe(told, [each for each, _ in silent])
+                    return self._believe(told, silent)
                 outdated.append(told)
+            useless.append(guide)
             if self._clock() > until:
                 break
-        last = [guide for guide, _ in silent]
-        if outdated and not silent:
+        if len(outdated) == len(guides):  # all, not only those that there was time for
             return self._believe(max(outdated, key=lambda told: told.epoch), [])  # sentinels that were set up anew
-        self._guides = (*[guide for guide in self._guides if guide not in last], *last)
-        raise RedisConnectionError(f"no guide knows the way, the last because of: {silent[-1][1]}") from silent[-1][1]
+        self._guides = (*[guide for guide in guides if guide not in useless], *useless)
+        raise RedisConnectionError(f"no guide knows the way, the last because of: {why or 'old news'}") from why
 
     def _believe(self, told: Told, silent: Sequence[Address]) -> Address:
         known = dict.fromkeys((*self._guides, *self._seeds))

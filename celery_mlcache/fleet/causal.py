@@ -34,7 +34,7 @@ from celery import _state, signals
 from celery.backends.base import BaseKeyValueStoreBackend
 
 from celery_mlcache.config import ConfigurationWarning
-from celery_mlcache.errors import ConfigurationError, MLCacheError
+from celery_mlcache.errors import ConfigurationError, MLCacheError, RemoteStoreError
 from celery_mlcache.keys import format_token, parse_token
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ class Bearer:
             cache.barrier(format_token(namespace, stamp))
             with suppress(ValueError):  # another thread was faster
                 heard.remove(stamp)
-        return cache.latest_token() if is_latest else cache.token()
+        if is_latest:
+            with suppress(RemoteStoreError):  # ``strict`` and no answer: what we know ourselves is better than nothing
+                return cache.latest_token()
+        return cache.token()
 
     def hear(self, stamps: dict[str, int]) -> bool:
         """Raise a barrier to the stamp of this fleet's namespace; return whether there was one."""
@@ -99,6 +102,8 @@ class Bearer:
         if config is None:
             if self._tried is fleet.overrides:
                 return ""
+            if fleet.given is None and not (fleet.cache.is_running or getattr(fleet.app, "configured", True)):
+                return ""  # another app's token must not have this one's settings read before they are complete
             self._tried = fleet.overrides  # once, for reading wrong settings again with every message would be dear
             try:
                 config = fleet.config
@@ -148,7 +153,7 @@ def tell(*, is_latest: bool = False) -> str:
         try:
             bearer = each()
             token = "" if bearer is None else bearer.token(is_latest=is_latest)
-        except (MLCacheError, ValueError) as exc:  # closed meanwhile; ``strict`` and no answer
+        except (MLCacheError, ValueError) as exc:  # closed meanwhile
             _warn("no token to send", exc)
         else:
             for namespace, stamp in _parse(token).items():
@@ -167,7 +172,7 @@ def hear(text: object) -> None:
         except (MLCacheError, ValueError) as exc:
             _warn("a token was not heard", exc)
     if not stamps:
-        _warn("a malformed token was ignored", repr(text)[:80])
+        _warn("a malformed token was ignored", repr(text)[:80] if isinstance(text, str) else type(text).__name__)
     elif not is_ours:
         log.debug("a token of another namespace was ignored", extra={"token": repr(text)[:80]})
 
@@ -193,7 +198,8 @@ def carry_results(app: Any) -> None:
 def carry(backend: Any) -> Any:
     """Have one result backend carry tokens as far as it can, and return it."""
     if not hasattr(backend, _CARRIER):
-        setattr(backend, _CARRIER, _Carrier(backend))
+        with suppress(AttributeError):  # no such method, or no place for another
+            setattr(backend, _CARRIER, _Carrier(backend))
     return backend
 
 

@@ -281,6 +281,7 @@ class TestHearing:
         The same goes for settings with a warning, where warnings are errors, as they are in these tests.
         """
         app = make(is_running=False, **conf)
+        assert app.conf.broker_url  # it is configured
         fleet, reads = find_fleet(app), []
         load = fleet._load
         monkeypatch.setattr(fleet, "_load", lambda: reads.append(1) or load())
@@ -291,6 +292,24 @@ class TestHearing:
         setup_cache(app, l1_ttl=5, redis_ssl=True)  # mended, before it was used
         causal.hear("shop@9")
         assert sent(app)[HEADER] == "shop@9"
+
+    def test_another_apps_token_settles_nothing(self):
+        """Hearing a token does not read the settings of an app that is not configured yet, which may change or fail."""
+        app = Celery("late", set_as_current=False)
+        setup_cache(app)
+        broken = Celery("broken", set_as_current=False)
+        broken.config_from_object("no_such_module")
+        setup_cache(broken)
+        causal.hear("shop@9")
+        app.conf.update(mlcache_cache_namespace="mine")
+        assert find_fleet(app).config.cache_namespace == "mine"
+
+    def test_nested_without_end(self):
+        """What has no repr either is ignored."""
+        text: list = []
+        for _ in range(10**5):
+            text = [text]
+        causal.hear(text)
 
     def test_what_was_heard_before_the_first_use_is_told(self):
         """A process that has not used its cache hands on what it heard, without starting it, and tells it later."""
@@ -384,6 +403,13 @@ class TestResults:
         assert HEADER not in backend._get_result_meta(1, "SUCCESS", None, None)
         assert backend.on_chord_part_return(SimpleNamespace(), "SUCCESS", 1) is None
 
+    @pytest.mark.parametrize("names", [(), ("on_chord_part_return",)])
+    def test_a_backend_without_the_names_or_a_place_for_others_is_left_alone(self, names):
+        """Such a backend works as before: nobody's task is lost for want of a token."""
+        kind = type("Foreign", (), {"__slots__": (), **dict.fromkeys(names, len)})
+        backend = kind()
+        assert causal.carry(backend) is backend
+
     def test_celery_still_has_the_names_that_are_wrapped(self):
         """Results carry tokens by private names of Celery's: this fails with the release that drops one."""
         from celery.backends.base import Backend
@@ -413,6 +439,16 @@ class TestChords:
         causal.carry(backend).on_chord_part_return(None, "SUCCESS", 1)
         assert found == ["shop@900"] * 3
         assert sent(app)[HEADER] == "shop@7"
+
+    def test_without_an_answer_the_body_carries_what_its_sender_knows(self, app, monkeypatch):
+        """With ``strict`` and no answer from L2, the members' writes are not told of, but the sender's own are."""
+
+        def latest_token():
+            raise RemoteStoreError("read", "no answer")
+
+        monkeypatch.setattr(cache_of(app), "latest_token", latest_token)
+        with causal._joining():
+            assert sent(app)[HEADER] == "shop@7"
 
     def test_a_polled_chord(self, app):
         """Where a task polls for the members' ends, its message to the body, but not to itself, does the same."""

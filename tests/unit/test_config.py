@@ -751,6 +751,7 @@ class TestUrls:
             ("sentinel://a;redis://b", "sentinel:// again"),
             ("sentinel://", "must have a host"),
             ("redis://a,,b", "a host before and after each comma"),
+            ("redis://:pw@a:1,:pw@b:2", "user and password once, before the first host"),
             ("redis://a,b:x", "needs a port between 1 and 65535"),
             ("redis://h\n", "must not hold spaces"),
         ],
