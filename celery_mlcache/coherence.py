@@ -194,7 +194,7 @@ class Coherence:
         """May a newcomer share the answer of a flight, who would give it *tags*?
 
         Not if anything happened to the key or to one of the tags of either since, nor if a barrier was raised after the
-        flight began. Without a fresh proof nothing tells what happened: only a flight younger than the bound will do then.
+        flight began. Without a fresh proof nothing tells what happened: only one younger than the bound will do then.
         """
         ticket, token = flight.ticket, flight.token
         is_proven = self.is_proven and now < self._proof_until

@@ -144,6 +144,7 @@ class CacheManager:
         self._rng = rng
         self._is_closed = False
         self._inherited: list[Parts] = []
+        self.told = 0  # the token's stamp when the last parts were given up: what was seen stays seen
         self._reset()
         _MANAGERS.add(self)
 
@@ -161,6 +162,7 @@ class CacheManager:
         """
         if self._parts is not None:
             self._inherited.append(self._parts)
+            self.told = self._parts.tier.coherence.token()
         self._reset()
 
     def _start(self) -> Parts:
@@ -178,6 +180,7 @@ class CacheManager:
                     inherited.abandon()
             self._name = parts.policy.namespace
             self._coherence = parts.tier.coherence
+            self._coherence.seen = self.told
             if parts.tier.local is not None:
                 self._front_get = parts.tier.local.front_get
             self._parts = parts
@@ -205,6 +208,7 @@ class CacheManager:
             self._coherence = _unproven()
         if parts is None:
             return
+        self.told = parts.tier.coherence.token()
         if parts.backplane is not None:
             parts.backplane.stop(timeout)
         if parts.remote is not None:
@@ -982,8 +986,8 @@ class CacheManager:
         All are dead after the first round trip. Then L2 is scanned, in batches of about 500 keys, and what is dead is
         unlinked: that takes as long as there are keys in the database, and if it is broken off the rest goes as its
         life ends, or with a later call. While 64 invalidated prefixes wait for their scans (in a cluster they always
-        do), the next one clears the whole namespace. A load that began before, of whatever key, is not stored unless this
-        process has heard meanwhile that it is not concerned. What is often invalidated together costs less with tags.
+        do), the next one clears the whole namespace. A load that began before, of whatever key, is not stored, unless
+        its process has heard meanwhile that it is not concerned. For what is often invalidated together, use tags.
 
         Raises:
             CacheKeyError: No key can begin with *prefix*.

@@ -414,7 +414,7 @@ class RedisRemote:
         """Invalidate what a write could not replace, while the keys of a cluster's slot are on two servers.
 
         What touches one key can always be done: it is here, or has gone ahead. So each key takes a stamp of its own
-        and leaves a tombstone; that this is no longer one step can only look like a lost message, which voids L1.
+        and leaves a tombstone; that this is no longer one step looks like a lost message, which voids L1.
         With many keys, or other things than keys, everything dies: by a new floor, or where even that is apart, by
         none.
         """
@@ -423,6 +423,8 @@ class RedisRemote:
                 (stamp,) = self._exchange(op, _pack(("INCR", self._names.counter)), is_repeatable=False)
                 key = str(name).removeprefix(self._names.value_prefix)
                 self._evaluate(op, self._burial, (1, name, *common, key, stamp))
+            # A hole behind them: who was proven between a stamp and its burial, and never hears of that, starts anew.
+            self._exchange(op, _pack(("INCR", self._names.counter)), is_repeatable=False)
         elif op == "clear":
             self._exchange(op, _pack(("DEL", self._names.floors)))
         else:

@@ -66,13 +66,13 @@ class Bearer:
     def token(self, *, is_latest: bool = False) -> str:
         """Return the token to send, or "" where there is nothing to tell; *is_latest* costs a round trip to L2."""
         cache, heard = self._fleet.cache, self._heard
-        if not (cache.is_running or heard):
+        if not (cache.is_running or heard or cache.told):
             return ""
         namespace = self._namespace()
         if not namespace:
             return ""
         if not cache.is_running:
-            return format_token(namespace, max(heard, default=0))
+            return format_token(namespace, max([cache.told, *heard]))
         for stamp in tuple(heard):
             cache.barrier(format_token(namespace, stamp))
             with suppress(ValueError):  # another thread was faster

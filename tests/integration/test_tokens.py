@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from celery_mlcache import create_cache_manager
+from tests.support.scripts import run_python
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.redis
@@ -65,3 +66,29 @@ def test_without_redis(open_cache):
     nobody = create_cache_manager(redis_url="redis://127.0.0.1:1/0")
     with nobody:
         assert nobody.latest_token() == nobody.token()
+
+
+def test_what_was_seen_stays_seen_over_a_release(open_cache):
+    """The next life of the same cache tells no less."""
+    cache = open_cache()
+    cache.set("k", 1)
+    token = cache.token()
+    cache.release()
+    assert stamp(cache.token()) >= stamp(token)
+
+
+def test_a_child_has_seen_what_its_parent_saw(shared_redis, namespace):
+    """A script that writes, forks and sends from the child is one history."""
+    code = """
+        import os, sys
+        from celery_mlcache import create_cache_manager
+
+        with create_cache_manager() as cache:
+            cache.set("k", 1)
+            before = int(cache.token().rpartition("@")[2])
+            child = os.fork()
+            if not child:
+                os._exit(int(cache.token().rpartition("@")[2]) < before)
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    run_python(code, env={"LIB_REDIS_URL": shared_redis.url, "LIB_CACHE_NAMESPACE": namespace})

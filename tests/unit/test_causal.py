@@ -25,6 +25,7 @@ class FakeCache:
     """Stands for a manager: its tokens are given, its barriers are noted, and nothing may be built."""
 
     def __init__(self, namespace, stamp=0, *, is_running=True):
+        self.told = 0
         self.namespace, self.stamp, self.is_running = namespace, stamp, is_running
         self.latest = 900
         self.barriers = []
@@ -310,6 +311,14 @@ class TestHearing:
         for _ in range(10**5):
             text = [text]
         causal.hear(text)
+
+    def test_what_was_seen_before_a_fork_or_release_is_told(self):
+        """A cache that is not in use any more, or not yet in this child, has seen what it saw."""
+        app = make(is_running=False)
+        cache_of(app).told = 5
+        assert sent(app)[HEADER] == "shop@5"
+        arrive(app, {HEADER: "shop@9"})
+        assert sent(app)[HEADER] == "shop@9"
 
     def test_what_was_heard_before_the_first_use_is_told(self):
         """A process that has not used its cache hands on what it heard, without starting it, and tells it later."""
