@@ -284,6 +284,8 @@ class _Process:
         if spans:
             span = spans[-1]
             law, known = self._problem_of_span(op, span, allowed) or (STALE, None)
+            if known is None and self._may_be_stored_again(op):
+                return
             lines = [_line_of(self.case, span.began, op.key)]
             if law is OUTLIVED:
                 lines.append(Line(span.expires, "redis", f"v{span.version} of {op.key} expires"))
@@ -304,6 +306,11 @@ class _Process:
         if op.start not in {line.at for line in lines}:
             lines.append(Line(op.start, op.who, str(op)))
         self.found.append(Violation(law, f"{op.who} reads v{op.version} of {op.key} {why}", _in_order(lines)))
+
+    def _may_be_stored_again(self, op: Op) -> bool:
+        """Whether the same version may have been stored anew in the last moment of a server, seen by no witness."""
+        killed = self._kill_that_hid(op)
+        return killed is not None and killed[0] <= op.end and op.start <= killed[1] + self.case.delta
 
     def _kill_that_hid(self, op: Op) -> tuple[float, float] | None:
         for each in self.case.ops:

@@ -427,6 +427,20 @@ class TestExpiry:
         story.op("b", Verb.GET, "k", 1.9, 2.5, version=1)
         assert story.verdict() == []
 
+    def test_a_fill_that_no_witness_saw(self, story):
+        """A row that was loaded again in the last moment of a killed server may have been stored again, for delta."""
+        story.server.fill(1, "k", 1, ttl=1.0)
+        story.op("c", Verb.LOAD, "k", 0.9, 0.95, version=1)
+        story.op("c", Verb.GET_OR_SET, "k", 0.8, 1.1, version=1)
+        story.server.restart(2.3, 0)
+        story.read("b", 2.4, 1)
+        assert story.verdict() == [laws.OUTLIVED]
+        story.op("b", Verb.LOAD, "k", 2.21, 2.22, version=1)
+        story.op("b", Verb.GET_OR_SET, "k", 2.2, 2.3, version=1)
+        assert story.verdict() == []
+        story.read("b", 2.9, 1)
+        assert story.verdict() == [laws.STALE]
+
     def test_a_new_life(self, story):
         """A new life under a new stamp, longer or shorter: the old end holds for delta, the new one counts."""
         story.write("a", 1, 1, ttl=9.0)
