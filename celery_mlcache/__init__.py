@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     )
     from celery_mlcache.factory import create_cache_manager
     from celery_mlcache.fleet.app import setup_cache
-    from celery_mlcache.fleet.task import CachedTask, cached_task
+    from celery_mlcache.fleet.decorator import cached_task
+    from celery_mlcache.fleet.task import CachedTask
     from celery_mlcache.manager import CacheManager
 
 _HOMES = {
@@ -40,7 +41,7 @@ _HOMES = {
     "NotAnIntegerError": "errors",
     "RemoteStoreError": "errors",
     "SerializationError": "errors",
-    "cached_task": "fleet.task",
+    "cached_task": "fleet.decorator",
     "create_cache_manager": "factory",
     "setup_cache": "fleet.app",
 }

@@ -21,7 +21,7 @@ from celery_mlcache import CachedTask, cached_task, setup_cache
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import CacheKeyError, ConfigurationError, SerializationError
 from celery_mlcache.fleet.app import find_fleet
-from celery_mlcache.fleet.task import Options
+from celery_mlcache.fleet.options import Options
 
 
 @pytest.fixture(autouse=True)
