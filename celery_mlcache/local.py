@@ -16,12 +16,17 @@ compares times, and could leave an entry that was set in the same instant. Which
 in an index beside it, which is emptied with it.
 
 moka_py 0.5 hangs the process, with the GIL held, where Python code runs inside it while another thread writes.
-Hence: get, set, remove, clear and count only, str keys, no listener, and no value whose type has ``__del__``.
+Hence: get, set, remove, clear and count only, str keys, no listener, and no value whose type has ``__del__``. Its
+allocator, mimalloc, belongs to the thread that has loaded it, and crashes the process some time after that has ended
+(moka_py 0.5.0: a segmentation fault in ``Moka()`` or ``get``); so it is loaded by one that does not end.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Final, Literal
@@ -42,6 +47,29 @@ MAX_TTL: Final = 1e9  # ... and above some 1e19 s; 31 years will do
 logger = logging.getLogger(__name__)
 
 
+def _load_moka() -> None:
+    """See to it that moka_py is loaded by a thread that never ends: the main one, or one that does nothing else.
+
+    Drop it when moka_py no longer crashes: tests/contract/test_local.py tells.
+    """
+    # By the kernel's number: under gevent every greenlet is a thread, and none of them the main one.
+    if "moka_py" in sys.modules or threading.get_native_id() == os.getpid():
+        return
+    is_loaded = threading.Event()
+
+    def load() -> None:
+        try:
+            import moka_py  # noqa: F401, PLC0415 - as below
+        except ImportError:
+            return  # whoever has asked will meet it
+        finally:
+            is_loaded.set()
+        threading.Event().wait()
+
+    threading.Thread(target=load, name="mlcache-moka", daemon=True).start()
+    is_loaded.wait()
+
+
 class MokaEngine:
     """moka_py's TinyLFU. Thread-safe; a forked child builds a new one and leaves the inherited one alone.
 
@@ -53,6 +81,7 @@ class MokaEngine:
     """
 
     def __init__(self, max_size: int) -> None:
+        _load_moka()
         from moka_py import Moka  # noqa: PLC0415 - only where it is chosen
 
         # No ttl here: a global one would cap the entries' own.

@@ -174,6 +174,30 @@ class TestChoice:
         """
         subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=30, check=True)
 
+    @pytest.mark.parametrize("is_used_first", [True, False], ids=["in a thread that ends", "in the main thread"])
+    def test_the_thread_that_uses_it_first_may_end(self, is_used_first):
+        """Wherever the cache is first used, threads may come and go: moka_py 0.5.0 by itself crashes the process."""
+        code = f"""
+            import threading
+            from celery_mlcache.entry import Entry
+            from celery_mlcache.local import Local
+
+            def use():
+                local = Local("moka", 1000)
+                local.put("k", Entry(1, 1, 1e9, 0), 60)
+                assert local.promote("k").value == 1
+
+            def crowd(count):
+                threads = [threading.Thread(target=use) for _ in range(count)]
+                [thread.start() for thread in threads]
+                [thread.join() for thread in threads]
+
+            crowd(1) if {is_used_first} else use()
+            for _ in range(200):
+                crowd(4)
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=50, check=True)
+
 
 class TestLocal:
     def test_put_is_in_front(self, local):

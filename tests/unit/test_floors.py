@@ -25,7 +25,7 @@ _HOMES_BY_NAMES = {
     ("redis", "hiredis"): {"remote", "backplane", "route", "factory"},
     ("moka_py", "cacheout"): {"local"},
     ("celery", "kombu", "click", "billiard"): {"fleet"},
-    ("threading.Thread", "threading.Timer", "_thread", "concurrent", "multiprocessing"): {"backplane"},
+    ("threading.Thread", "threading.Timer", "_thread", "concurrent", "multiprocessing"): {"backplane", "local"},
 }
 HOMES = {name: homes for names, homes in _HOMES_BY_NAMES.items() for name in names}
 CLOCKS = {f"time.{name}{ns}" for name in ("time", "monotonic", "perf_counter") for ns in ("", "_ns")} | {"time.sleep"}
