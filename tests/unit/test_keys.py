@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta, timezone
-from decimal import Decimal
-from enum import Enum, IntEnum
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
+from decimal import Decimal, localcontext
+from enum import Enum, Flag, IntEnum, IntFlag, StrEnum
 from types import MappingProxyType
+from unittest.mock import MagicMock
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, RootModel, SecretStr, field_serializer
 
 from celery_mlcache.errors import CacheKeyError, SerializationError
 from celery_mlcache.keys import (
     MAX_KEY_BYTES,
+    KnownNames,
     RedisNames,
     call_key,
     canonical,
@@ -27,6 +30,7 @@ from celery_mlcache.keys import (
     check_tags,
     format_token,
     parse_token,
+    wire,
 )
 from celery_mlcache.wire import MAX_STAMP
 
@@ -208,6 +212,102 @@ class Model(BaseModel):
     name: str = "n"
 
 
+class Numbers(RootModel):
+    root: list[int]
+
+
+class Size(StrEnum):
+    LARGE = "large"
+
+
+class Labelled(str, Enum):  # noqa: UP042 - its value is not its text
+    """Its members are texts, and their values something else."""
+
+    def __new__(cls, text, label):
+        member = str.__new__(cls, text)
+        member._value_ = label
+        return member
+
+    ONE = ("one", "The first")
+
+
+class Bits(IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+class Mode(Flag):
+    FAST = 4
+
+
+class Holiday(date, Enum):
+    NEW_YEAR = 2026, 1, 1
+
+
+class Text(str):
+    __slots__ = ()
+
+    def __str__(self):
+        return "something else"
+
+    __repr__ = __str__
+
+
+class Whole(int):
+    def __repr__(self):
+        return "many"
+
+    __str__ = __repr__
+
+    def __index__(self):
+        return 0
+
+
+class Part(float):
+    def __repr__(self):
+        return "some"
+
+    __float__ = __hash__ = None
+
+
+class Moment(datetime):
+    def isoformat(self, *args):
+        return "now"
+
+
+class Blob(bytes):
+    pass
+
+
+class Ratio(Decimal):
+    pass
+
+
+class Ident(UUID):
+    pass
+
+
+class Bag(dict):
+    pass
+
+
+class Row(list):
+    pass
+
+
+class Custom:
+    """Says itself what it is in JSON, as kombu asks."""
+
+    def __init__(self, *content):
+        self.content = content
+
+    def __json__(self):
+        return {"content": self.content}
+
+
+Pair = namedtuple("Pair", "left right")  # noqa: PYI024
+
+
 def over_the_wire(value):
     """Return *value* as a worker gets it with Celery's default serializer."""
     from kombu.utils.json import dumps, loads
@@ -254,12 +354,47 @@ def over_the_wire(value):
         b"\xff\x00",
         b"",
         [Decimal("0.1"), (UUID(int=1), b"x", {"d": date(2026, 1, 2)})],
+        float("nan"),
+        -0.0,
+        {float("nan"): 1, float("inf"): 2, -float("inf"): 3, -0.0: 4},
+        Size.LARGE,
+        {Size.LARGE: 1},
+        Labelled.ONE,
+        {Labelled.ONE: Labelled.ONE},
+        Bits.READ | Bits.WRITE,
+        {Bits.WRITE: 1},
+        Holiday.NEW_YEAR,
+        Text("text"),
+        {Text("key"): Text("text")},
+        Whole(7),
+        {Whole(7): Whole(8)},
+        Part(1.5),
+        [Moment(2026, 1, 2, tzinfo=UTC)],
+        Blob(b"x"),
+        Ratio("1.50"),
+        Ident(int=7),
+        Bag(a=Row([1, 2])),
+        Pair(1, (2,)),
+        Custom(1, Custom("x", None)),
+        datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Vienna")),
+        datetime(1890, 1, 1, tzinfo=ZoneInfo("Europe/Vienna")),
+        time(3, 4, tzinfo=UTC),
+        time(3, 4, tzinfo=ZoneInfo("Europe/Vienna")),
+        datetime(1, 1, 1),  # noqa: DTZ001
+        date.max,
+        Decimal("NaN"),
+        Decimal("-Infinity"),
+        Decimal("-0.00"),
+        10**4000,
+        {"__type__": "date"},
+        {"__type__": "date", "__value__": "2026-01-02", "more": 1},
     ],
-    ids=repr,
+    ids=lambda value: f"{type(value).__name__} {value!r:.30}",
 )
 def test_producer_and_worker_agree_on_the_form_of_an_argument(value):
     """What Celery's JSON makes of a value has the same form as the value."""
     assert canonical(over_the_wire(value)) == canonical(value)
+    assert repr(wire(value)) == repr(over_the_wire(value))
 
 
 @pytest.mark.parametrize(
@@ -277,6 +412,11 @@ def test_producer_and_worker_agree_on_the_form_of_an_argument(value):
         (MappingProxyType({"a": 1}), {"a": 1}),
         (Point(1, 2), {"x": 1, "y": 2}),
         (Model(when=date(2026, 1, 2)), {"when": "2026-01-02", "name": "n"}),
+        (Numbers([1, 2]), [1, 2]),
+        (Mode.FAST, 4),
+        ({Mode.FAST: 1}, {"4": 1}),
+        (UserDict(a=1), {"a": 1}),
+        ([Point(Level.HIGH, (1,))], ({"y": [1], "x": 3},)),
     ],
     ids=repr,
 )
@@ -307,6 +447,18 @@ def test_forms_that_the_wire_makes_equal_are_equal(one, other):
         ("1:x", "1"),
         ([["a"], []], [["a", []]]),
         ({"a": "b"}, ["a", "b"]),
+        (0.0, -0.0),
+        (float("nan"), "nan"),
+        (date(2026, 1, 2), datetime(2026, 1, 2)),  # noqa: DTZ001 - users have them
+        (datetime(2026, 1, 2), datetime(2026, 1, 2, tzinfo=UTC)),  # noqa: DTZ001
+        (datetime(2026, 1, 2, tzinfo=UTC), datetime(2026, 1, 2, 1, tzinfo=timezone(timedelta(hours=1)))),
+        (time(1), time(1, tzinfo=UTC)),
+        (Decimal(1), 1),
+        (Decimal(0), Decimal("-0")),
+        ({1: "a"}, {1.0: "a"}),
+        ({True: "a"}, {"True": "a"}),
+        ({None: "a"}, {"None": "a"}),
+        ({"a", "b"}, ["a", "b"]),
     ],
     ids=repr,
 )
@@ -365,6 +517,221 @@ def test_what_has_no_form_is_refused_with_its_path(value, path):
     """Never keyed by repr: a partial key serves wrong results."""
     with pytest.raises(SerializationError, match=f"^{path}: "):
         canonical(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ([{1: "a", "1": "b"}], r"arguments\[0\]: dict has two keys that are '1' on the wire"),
+        ({None: 1, "null": 2}, "two keys that are 'null'"),
+        ({"__type__": "date", "__value__": "2026-01-02"}, "keys of kombu's envelopes"),
+        (10**5000, "more digits than JSON takes"),
+        ({10**5000: 1}, "more digits than JSON takes"),
+        ({b"k": 1}, "key of type bytes"),
+        ({date(2026, 1, 2): 1}, "key of type date"),
+        ({UUID(int=1): 1}, "key of type UUID"),
+        (memoryview(b"x"), "builtins.memoryview has no form"),
+        (MagicMock(), "has no form"),
+        (range(3), "builtins.range has no form"),
+        ({"a": 1}.items(), "has no form"),
+        (Model, "has no form"),
+        (Colour, "has no form"),
+        (SecretStr("s"), "has no form"),
+    ],
+    ids=lambda value: f"{value!r:.30}" if isinstance(value, str) else type(value).__name__,
+)
+def test_what_the_wire_would_alter_or_refuse_is_refused(value, why):
+    """Two arguments that differ never share a key because one of them did not arrive as it was."""
+    with pytest.raises(SerializationError, match=why):
+        canonical(value)
+    with pytest.raises(SerializationError, match=why):
+        wire(value)
+
+
+class Fine(datetime):
+    """Counts nanoseconds, of which the wire knows nothing."""
+
+    nanosecond = 5
+
+    def __eq__(self, other):
+        return isinstance(other, Fine) and datetime.__eq__(self, other)
+
+    __hash__ = datetime.__hash__
+
+
+class Rounded(Decimal):
+    def __str__(self):
+        return f"{self:.1f}"
+
+
+class Longer(timedelta):
+    nanoseconds = 5
+
+
+@pytest.mark.parametrize(
+    "value", [Fine(2026, 1, 2), Rounded("1.11"), Longer(1)], ids=lambda value: type(value).__name__
+)
+def test_a_subclass_that_holds_more_than_its_base_is_refused(value):
+    """What would not count might make the difference."""
+    with pytest.raises(SerializationError, match=type(value).__name__):
+        canonical(value)
+
+
+class Login(BaseModel):
+    user: str
+    password: SecretStr
+
+
+class Partial(BaseModel):
+    a: int
+    b: int = Field(0, exclude=True)
+
+
+class Nested(BaseModel, extra="allow", arbitrary_types_allowed=True):
+    inner: object
+
+
+@dataclass
+class Holder:
+    inner: object
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Login(user="u", password="p"),
+        Partial(a=1),
+        Nested(inner=Login(user="u", password="p")),
+        Nested(inner=[{"a": (Partial(a=1),)}]),
+        Nested(inner=Holder(SecretStr("s"))),
+        Nested(inner=1, more=SecretStr("s")),
+    ],
+    ids=repr,
+)
+def test_a_model_that_hides_a_part_from_its_dump_is_refused(model):
+    """Two logins whose passwords are stars in JSON would share one result."""
+    with pytest.raises(SerializationError, match="leaves a secret or an excluded field out"):
+        canonical({"model": model})
+
+
+def test_a_field_that_is_excluded_at_times_hides_too():
+    """Two values that are both left out would share a form."""
+    pytest.importorskip("pydantic", minversion="2.12", reason="older releases have no exclude_if")
+
+    class Sparse(BaseModel):
+        a: int = Field(0, exclude_if=lambda value: value < 2)
+
+    with pytest.raises(SerializationError, match="leaves a secret or an excluded field out"):
+        canonical(Sparse(a=1))
+
+
+class Angry:
+    def __init__(self, error):
+        self.error = error
+
+    def __json__(self):
+        raise self.error
+
+
+@dataclass
+class Broken:
+    x: int
+
+    def __getattribute__(self, name):
+        if name == "x":
+            raise LookupError(name)
+        return object.__getattribute__(self, name)
+
+
+class Undumpable(BaseModel):
+    x: int
+
+    @field_serializer("x")
+    def fail(self, _):
+        raise OSError
+
+
+class Nowhere(tzinfo):
+    def utcoffset(self, _):
+        raise KeyError
+
+    tzname = dst = utcoffset
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (Angry(ZeroDivisionError()), "Angry cannot be read for a key: ZeroDivisionError"),
+        (Broken(1), "Broken cannot be read for a key: LookupError"),
+        (Undumpable(x=1), "Undumpable cannot be read for a key"),
+        (datetime(2026, 1, 2, tzinfo=Nowhere()), "datetime cannot be read for a key: KeyError"),
+        (time(1, tzinfo=Nowhere()), "time cannot be read for a key: KeyError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_of_the_value_itself_becomes_ours(value, error):
+    """A call is bypassed, and never broken, by what an argument raises when it is read."""
+    with pytest.raises(SerializationError, match=rf"^here\[0\]: .*{error}") as caught:
+        canonical([value], "here")
+    assert caught.value.__cause__ is not None
+
+
+def test_what_celery_raises_in_a_task_passes():
+    """A time limit that strikes while a key is made ends the task."""
+    with pytest.raises(SoftTimeLimitExceeded):
+        canonical([Angry(SoftTimeLimitExceeded())])
+
+
+def test_the_context_of_decimals_makes_no_difference():
+    """A process that writes exponents in lower case has the same keys."""
+    usual = canonical(Decimal("1E+30"))
+    with localcontext() as context:
+        context.capitals = 0
+        assert canonical(Decimal("1E+30")) == usual
+
+
+def test_sets_are_shown_in_one_order():
+    """What explains a key is the same in every process."""
+    assert wire({"c", "a", "b"}) == ["a", "b", "c"]
+    assert wire([frozenset({(2, 1), (1, 2)}), bytearray(b"x")]) == [[[1, 2], [2, 1]], b"x"]
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.lists(st.text())))
+def test_known_names_have_the_form_of_the_mapping(values):
+    """What is prepared gives what is computed."""
+    assert KnownNames(values).form({**values, "other": object()}) == canonical(values)
+
+
+def test_known_names_tell_the_path_of_what_has_no_form():
+    """As canonical does."""
+    names = KnownNames(["a", "b"])
+    with pytest.raises(SerializationError, match=r"^arguments\['b'\]\[1\]: builtins.object has no form"):
+        names.form({"a": 1, "b": [1, object()]})
+    loop = []
+    loop.append(loop)
+    with pytest.raises(SerializationError, match=r"^vary\['b'\]: list is nested too deep"):
+        names.form({"a": 1, "b": loop}, "vary")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, "840c1a235567ab98878babc5a978e327"),
+        ({"sku": "A-1", "n": 12}, "39ea8b1ecb53c44d8f4390b70169be78"),
+        ({"a": (None, True, 1.5, b"x"), "b": {"k": {1, 2}}}, "a41d269c03b55caeebe6e10f7925bc23"),
+        (
+            {"a": [date(2026, 1, 2), datetime(2026, 1, 2, tzinfo=UTC), time(1), timedelta(1)]},
+            "470e1df7058d2e8c89a25f1c148738ac",
+        ),
+        (
+            {"a": [Decimal("1.0"), UUID(int=1), Colour.RED, Point(1, 2)], "ä": {1: 2}},
+            "269573b023a0bfb49a2f982f0f3ab1c1",
+        ),
+    ],
+)
+def test_keys_of_earlier_releases_stay_valid(arguments, expected):
+    """Processes of two releases find one another's results while a fleet is renewed."""
+    assert call_key("task:x", arguments) == f"task:x:{expected}"
 
 
 def test_a_value_that_holds_itself_is_refused():
