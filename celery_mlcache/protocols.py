@@ -112,10 +112,33 @@ class Fence(NamedTuple):
     Attributes:
         token: The stamp up to which the filler knows what happened.
         clock: The server's clock then, seconds since 1970: tombstones from after it are still there for a while.
+        lease: The fence of the lease that the filler holds (see :class:`Grant`); 0: none.
     """
 
     token: int
     clock: float
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The answer to a wish for a lease: leave to be the fleet's only loader of a key.
+
+    Attributes:
+        fence: Of the lease that is held now, by whomever: it grows from holder to holder; 0 where there is a value.
+        is_mine: The caller is the holder.
+        has_value: A live value is there: read it instead.
+        remaining: Seconds that the lease has left unless it is renewed.
+        owner: Who holds it.
+        is_takeover: The one before was not given back, but has lapsed.
+    """
+
+    fence: int
+    is_mine: bool
+    has_value: bool
+    remaining: float
+    owner: str
+    is_takeover: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +163,13 @@ class RemoteStore(Protocol):
     highest stamp the caller knows of: a counter below it has lost writes and is seeded anew.
     """
 
-    def read(self, keys: Sequence[str], *, seen: int, is_lenient: bool = False) -> list[Snapshot]:
+    def read(
+        self, keys: Sequence[str], *, seen: int, is_lenient: bool = False, within: float | None = None
+    ) -> list[Snapshot]:
         """Return a snapshot for each key, in order, all of one instant.
 
         With *is_lenient* what has expired counts as live until its stale end, and so do its remaining lives.
+        *within*: seconds that the call may take, connecting included; running out of them says nothing of the server.
         """
         ...
 
@@ -220,6 +246,42 @@ class RemoteStore(Protocol):
 
         Many round trips, each bounded. *stamp* is that of an invalidation before it: it need not be remembered then.
         """
+        ...
+
+    def acquire(self, key: str, *, owner: str, lease: float, seen: int | None, is_waiting: bool) -> Grant:
+        """Take the key's lease for *lease* seconds if nobody holds it, unless there is a value to be read instead.
+
+        That is a live one whose stamp is not *seen* (None: do not look). Where somebody holds it, *is_waiting* counts
+        the caller among those whom the release wakes.
+        """
+        ...
+
+    def renew(self, held: Sequence[tuple[str, int]], *, lease: float) -> list[bool]:
+        """Give each ``(key, fence)`` that is still held *lease* seconds from now; say of each whether it was."""
+        ...
+
+    def release(self, key: str, fence: int, *, word: str) -> bool:
+        """Give a lease back if it is still held, wake everybody who waits for that with *word*; say whether it was."""
+        ...
+
+    def await_release(self, key: str, fence: int, timeout: float) -> str:
+        """Return the word with which the lease was given back, or "" if it was not within *timeout* seconds.
+
+        Takes one word of those that the release leaves, one for each caller it has counted. A server that is frozen
+        is found out one socket timeout after *timeout*.
+        """
+        ...
+
+    def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
+        """Leave *owner*'s mark for so many seconds, if there is none or not *is_new*; return whether it was left."""
+        ...
+
+    def marked(self, key: str, *, within: float | None = None) -> str:
+        """Return whose mark is there, or ""; *within* as in :meth:`read`."""
+        ...
+
+    def unmark(self, key: str, *, owner: str = "") -> None:
+        """Remove the mark, if it is *owner*'s where one is given."""
         ...
 
     def ping(self) -> float:

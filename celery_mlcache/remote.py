@@ -5,6 +5,7 @@ explicit timeouts and no retries of theirs, kept in a deque of ours and driven w
 twice as fast as ``Redis.get`` (facts of redis-py 8.1: a pool lock, a poll and telemetry for each command). There is
 no poll at checkout, so a connection that the server closed while idle fails at first use; a command that may be
 repeated is then sent once more on a fresh connection. A time-out is never retried: one call costs at most one.
+A call may have another pace (:class:`_Pace`): one that waits for somebody takes longer, one in a hurry may not.
 
 A cluster may send a command elsewhere. It was not executed, so it is sent once more whatever it is: for MOVED to the
 server that connections lead to from then on, for ASK on a connection of its own. A slot that is moving key by key can
@@ -30,6 +31,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
+from math import inf
 from typing import Any, Final, NamedTuple
 
 import hiredis
@@ -50,33 +52,39 @@ from redis.exceptions import (
 
 from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.protocols import Connector, Fence, Filled, Guard, RemoteCounts, Snapshot
+from celery_mlcache.protocols import Connector, Fence, Filled, Grant, Guard, RemoteCounts, Snapshot
 from celery_mlcache.wire import KIND_TOMBSTONE, MAX_STAMP, is_plain, parse_order, split_value
 
 _TIME: Final = b"*1\r\n$4\r\nTIME\r\n"
 REMOTE_ERRORS: Final = (RedisError, OSError)
+TIMEOUTS: Final = (RedisTimeoutError, TimeoutError)
 # What redis-py and hiredis raise over bytes that are no RESP. Not Exception: a soft time limit must get through.
 NONSENSE: Final = (ValueError, TypeError, LookupError, ArithmeticError, SystemError)
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
 ASKING: Final = b"*1\r\n$6\r\nASKING\r\n"  # before each command to a server that does not have the slot yet
 MOST_BURIED: Final = 16  # keys that are invalidated one by one; more are not worth the round trips
 KEY_BY_KEY: Final = frozenset({"write", "replace", "delete", "touch", "expire"})  # by op
-INVALIDATES_NOTHING: Final = frozenset({"read", "seed", "add", "fill", "increment", "sweep"})
+INVALIDATES_NOTHING: Final = frozenset(
+    {"read", "seed", "add", "fill", "increment", "sweep", "acquire", "renew", "release"}  # by op
+)
+ABOUT_LEASES: Final = frozenset({"acquire", "renew", "release", "fill"})  # scripts
 _GLOB: Final = re.compile(r"[*?\[\]\\^-]")  # what means something in a pattern of Redis
 RECALL: Final = 60.0  # seconds
 MAX_READS: Final = 5  # in one read, when others write between its two commands
 MAX_PREFIXES: Final = 64  # that were invalidated and not swept yet: each operation looks through them
 SCAN_COUNT: Final = 500  # Redis serves nobody else meanwhile
+SHORTEST_WAIT: Final = 0.01  # seconds; a server may round less than a millisecond to 0, which is for ever
 
 
 class Script:
-    """A Lua script with the shared prelude before it, called by its SHA-1."""
+    """A Lua script with what it shares with others before it, called by its SHA-1."""
 
     __slots__ = ("sha", "source")
 
     def __init__(self, name: str) -> None:
         folder = files("celery_mlcache") / "lua"
-        self.source = "\n".join((folder / f"{part}.lua").read_text("utf-8") for part in ("prelude", name))
+        parts = ("prelude", "lease", name) if name in ABOUT_LEASES else ("prelude", name)
+        self.source = "\n".join((folder / f"{part}.lua").read_text("utf-8") for part in parts)
         self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -125,11 +133,14 @@ class RedisRemote:
         self._touch, self._clear, self._invalidate = Script("touch"), Script("clear"), Script("invalidate")
         self._prefix, self._sweep, self._expire = Script("prefix"), Script("sweep"), Script("expire")
         self._burial = Script("bury")
+        self._acquire, self._renew, self._release = Script("acquire"), Script("renew"), Script("release")
         self._judged_until = 0.0  # until then, values are met that plain commands cannot judge
 
     # ---- reads ----------------------------------------------------------------------------------------------
 
-    def read(self, keys: Sequence[str], *, seen: int, is_lenient: bool = False) -> list[Snapshot]:
+    def read(
+        self, keys: Sequence[str], *, seen: int, is_lenient: bool = False, within: float | None = None
+    ) -> list[Snapshot]:
         """Return a snapshot for each key; see the protocol.
 
         Plain commands cost the server a third of what a script does, and tell all as long as no tagged value is older
@@ -137,15 +148,16 @@ class RedisRemote:
         the first such read of a while (:data:`RECALL`) is asked twice.
         """
         names = [self._names.value(key) for key in keys]
+        pace = None if within is None else _Pace(self._clock() + within, is_hurried=True)
         if not is_lenient and self._clock() >= self._judged_until:
-            found = self._read_plain(names, seen)
+            found = self._read_plain(names, seen, pace)
             if found is not None:
                 return found
-        return self._read_judged(names, seen, is_lenient=is_lenient)
+        return self._read_judged(names, seen, pace, is_lenient=is_lenient)
 
-    def _read_plain(self, names: Sequence[str], seen: int) -> list[Snapshot] | None:
+    def _read_plain(self, names: Sequence[str], seen: int, pace: _Pace | None) -> list[Snapshot] | None:
         """Read without a script, or return None where only that can tell."""
-        clock, stored = self._exchange("read", _TIME, _pack(("MGET", *self._control, *names)))
+        clock, stored = self._exchange("read", _TIME, _pack(("MGET", *self._control, *names)), pace=pace)
         try:
             counter_text, floors, *values = stored
             counter, floor = parse_order(counter_text, floors)
@@ -162,7 +174,7 @@ class RedisRemote:
         order = _Order(now_ms, counter, floor)
         return [_snapshot(data, order) or order.nothing(0) for data in values]  # newer than all is no value of ours
 
-    def _read_judged(self, names: Sequence[str], seen: int, *, is_lenient: bool) -> list[Snapshot]:
+    def _read_judged(self, names: Sequence[str], seen: int, pace: _Pace | None, *, is_lenient: bool) -> list[Snapshot]:
         """Let the script judge; the command behind it, in the same trip, brings the bodies.
 
         Through Lua a body of 1 MB would take the server ten times as long. Where somebody writes between the two, both
@@ -171,7 +183,7 @@ class RedisRemote:
         bodies = _pack(("MGET", *names))
         for _ in range(MAX_READS):
             mode = ("stale" if is_lenient else "",)
-            reply, stored = self._call("read", self._read, names, mode, seen=seen, behind=(bodies,))
+            reply, stored = self._call("read", self._read, names, mode, seen=seen, behind=(bodies,), pace=pace)
             try:
                 counter_text, floor_text, clock_text, verdicts = reply
                 order = _Order(int(clock_text) / 1000, int(counter_text), int(floor_text), is_lenient=is_lenient)
@@ -239,11 +251,11 @@ class RedisRemote:
 
     def fill(self, items: Sequence[tuple[str, bytes, float, Fence]], *, stale_ttl: float = 0.0) -> list[Filled]:
         """Store what nothing has passed since its token."""
-        arguments: list[Any] = [int(stale_ttl * 1000)]
+        arguments: list[Any] = [int(stale_ttl * 1000), self._names.lease_prefix]
         for _, tail, ttl, fence in items:
             # Half a tombstone's life after the fence: what is left for the command to wait in a frozen server's buffer.
             until_ms = int(fence.clock * 1000) + self._tombstone // 2
-            arguments += (fence.token, until_ms, milliseconds(ttl), tail)
+            arguments += (fence.token, until_ms, milliseconds(ttl), tail, fence.lease)
         reply = self._run("fill", self._fill, [key for key, *_ in items], arguments, seen=0, is_repeatable=False)
         with self._understanding("fill"):
             *outcomes, counter, floor, now_us = reply
@@ -342,6 +354,67 @@ class RedisRemote:
             return found[1] if found else None
         return None
 
+    # ---- leases ---------------------------------------------------------------------------------------------
+
+    def acquire(self, key: str, *, owner: str, lease: float, seen: int | None, is_waiting: bool) -> Grant:
+        """Take the lease, or learn whose it is; see the protocol. One whose grant is lost on its way lapses."""
+        names = (self._names.value(key), self._names.lease(key))
+        arguments = (owner, milliseconds(lease), "" if seen is None else seen, "1" if is_waiting else "")
+        (reply,) = self._call("acquire", self._acquire, names, arguments, seen=0, is_repeatable=False)
+        with self._understanding("acquire"):
+            return _grant(reply)
+
+    def renew(self, held: Sequence[tuple[str, int]], *, lease: float) -> list[bool]:
+        """Renew them all in one round trip; see the protocol."""
+        if not held:
+            return []
+        names = [self._names.lease(key) for key, _ in held]
+        arguments = (milliseconds(lease), *[fence for _, fence in held])
+        (reply,) = self._call("renew", self._renew, names, arguments, seen=0)
+        with self._understanding("renew"):
+            renewed = [_claim(each) for each in reply]
+            if len(renewed) == len(held):
+                return renewed
+            raise ValueError(len(renewed))
+
+    def release(self, key: str, fence: int, *, word: str) -> bool:
+        """Give the lease back, and wake who waits; see the protocol."""
+        names = (self._names.lease(key), self._names.wake(key, fence))
+        (reply,) = self._call("release", self._release, names, (fence, word), seen=0)  # said twice, it wakes once
+        with self._understanding("release"):
+            return _claim(reply)
+
+    def await_release(self, key: str, fence: int, timeout: float) -> str:
+        """Let the server wait, on a connection that nobody else uses meanwhile; see the protocol."""
+        timeout = max(SHORTEST_WAIT, timeout)
+        pace = _Pace(self._clock() + timeout, is_hurried=False)
+        command = _pack(("BLPOP", self._names.wake(key, fence), f"{timeout:.3f}"))
+        (reply,) = self._exchange("await", command, is_repeatable=False, pace=pace)
+        with self._understanding("await"):
+            if reply is None:
+                return ""
+            _, word = reply
+            return bytes.decode(word)
+
+    def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
+        """Leave a mark, unless there is one that is to stay."""
+        command = ("SET", self._names.mark(key), owner, "PX", milliseconds(seconds), *(("NX",) if is_new else ()))
+        (reply,) = self._exchange("mark", _pack(command), is_repeatable=not is_new)
+        with self._understanding("mark"):
+            return {b"OK": True, None: False}[reply]
+
+    def marked(self, key: str, *, within: float | None = None) -> str:
+        """Return whose mark is there."""
+        pace = None if within is None else _Pace(self._clock() + within, is_hurried=True)
+        (reply,) = self._exchange("marked", _pack(("GET", self._names.mark(key))), pace=pace)
+        with self._understanding("marked"):
+            return "" if reply is None else bytes.decode(reply)
+
+    def unmark(self, key: str, *, owner: str = "") -> None:
+        """Remove the mark. Between the look and the removal another's may be set and be removed: it is a hint."""
+        if not owner or self.marked(key) == owner:
+            self._exchange("unmark", _pack(("DEL", self._names.mark(key))))
+
     # ---- connections ----------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -386,12 +459,13 @@ class RedisRemote:
         seen: int,
         is_repeatable: bool = True,
         behind: Sequence[bytes] = (),
+        pace: _Pace | None = None,
     ) -> list[Any]:
         """Run a script about Redis keys, and packed commands *behind* it in the same trip; return the replies."""
         common = (self._names.channel, seen, self._tombstone, self._names.value_prefix, self._names.tag_prefix)
         rest = (len(names) + len(self._control), *self._control, *names, *common, *arguments)
         try:
-            return self._evaluate(op, script, rest, behind, is_repeatable=is_repeatable)
+            return self._evaluate(op, script, rest, behind, is_repeatable=is_repeatable, pace=pace)
         except RemoteStoreError as exc:
             if op not in INVALIDATES_NOTHING and _is_apart(exc.__cause__):
                 with contextlib.suppress(RemoteStoreError):
@@ -399,16 +473,23 @@ class RedisRemote:
             raise
 
     def _evaluate(
-        self, op: str, script: Script, rest: Sequence[Any], behind: Sequence[bytes] = (), *, is_repeatable: bool = True
+        self,
+        op: str,
+        script: Script,
+        rest: Sequence[Any],
+        behind: Sequence[bytes] = (),
+        *,
+        is_repeatable: bool = True,
+        pace: _Pace | None = None,
     ) -> list[Any]:
         try:
             packed = _pack(("EVALSHA", script.sha, *rest))
-            return self._exchange(op, packed, *behind, is_repeatable=is_repeatable)
+            return self._exchange(op, packed, *behind, is_repeatable=is_repeatable, pace=pace)
         except RemoteStoreError as exc:
             if not isinstance(exc.__cause__, NoScriptError):
                 raise
         packed = _pack(("EVAL", script.source, *rest))
-        return self._exchange(op, packed, *behind, is_repeatable=is_repeatable)
+        return self._exchange(op, packed, *behind, is_repeatable=is_repeatable, pace=pace)
 
     def _bury(self, op: str, names: Sequence[str | bytes], common: Sequence[Any]) -> None:
         """Invalidate what a write could not replace, while the keys of a cluster's slot are on two servers.
@@ -430,7 +511,7 @@ class RedisRemote:
         else:
             self.clear(seen=common[1])
 
-    def _exchange(self, op: str, *commands: bytes, is_repeatable: bool = True) -> list[Any]:
+    def _exchange(self, op: str, *commands: bytes, is_repeatable: bool = True, pace: _Pace | None = None) -> list[Any]:
         """Send and read: the one place where breaker, error wrapping and counting stand."""
         if os.getpid() != self._pid:
             # A call that was under way when this process was forked comes out of its loader in the child.
@@ -439,7 +520,7 @@ class RedisRemote:
             self._counts.l2_rejected += 1
             raise RemoteStoreError(op, "the circuit is open")
         try:
-            answers = self._exchange_once(commands, is_repeatable=is_repeatable)
+            answers = self._exchange_once(commands, pace, is_repeatable=is_repeatable)
         except ResponseError as exc:
             # The server lives and refuses (NOSCRIPT, OOM, NOPERM, READONLY, ...): no reason to stop asking it.
             self._guard.success()
@@ -449,16 +530,18 @@ class RedisRemote:
                 self._counts.l2_errors += 1
             raise RemoteStoreError(op, str(exc)) from exc
         except (*REMOTE_ERRORS, *NONSENSE) as exc:
-            self.close()  # idle ones lead to the same server
-            self._guard.failure()
+            # A time-out of somebody in a hurry says nothing of the server: others may wait longer.
+            if pace is None or not pace.is_hurried or not isinstance(exc, TIMEOUTS):
+                self.close()  # idle ones lead to the same server
+                self._guard.failure()
             self._counts.l2_errors += 1
             raise RemoteStoreError(op, f"{type(exc).__name__}: {exc}", outcome_unknown=True) from exc
         self._guard.success()
         return answers
 
-    def _exchange_once(self, commands: Sequence[bytes], *, is_repeatable: bool) -> list[Any]:
+    def _exchange_once(self, commands: Sequence[bytes], pace: _Pace | None, *, is_repeatable: bool) -> list[Any]:
         try:
-            return self._attempt(b"".join(commands), len(commands), is_repeatable=is_repeatable)
+            return self._attempt(b"".join(commands), len(commands), pace, is_repeatable=is_repeatable)
         except ResponseError as exc:
             # Redirected, so not executed: it may be sent once more, whatever it is.
             detour = self._connect.detour(exc)
@@ -466,40 +549,40 @@ class RedisRemote:
                 raise
         if detour is None:
             self.close()
-            return self._attempt(b"".join(commands), len(commands), is_repeatable=False)
-        self._open.add(detour)
-        try:
-            detour.connect()
-        except BaseException:
-            self._drop(detour, is_clean=True)
-            raise
+            return self._attempt(b"".join(commands), len(commands), pace, is_repeatable=False)
+        self._dial(detour, pace)
         asking = b"".join([part for command in commands for part in (ASKING, command)])
-        return self._round_trip(detour, asking, 2 * len(commands))[1::2]
+        return self._round_trip(detour, asking, 2 * len(commands), pace)[1::2]
 
-    def _attempt(self, packed: bytes, replies: int, *, is_repeatable: bool) -> list[Any]:
-        connection, is_reused = self._checkout(must_live=not is_repeatable)
+    def _attempt(self, packed: bytes, replies: int, pace: _Pace | None, *, is_repeatable: bool) -> list[Any]:
+        connection, is_reused = self._checkout(pace, must_live=not is_repeatable)
         try:
-            return self._round_trip(connection, packed, replies)
+            return self._round_trip(connection, packed, replies, pace)
         except (RedisConnectionError, OSError) as exc:
-            is_timeout = isinstance(exc, (RedisTimeoutError, TimeoutError))
-            if is_timeout or not is_reused or not is_repeatable:
+            if isinstance(exc, TIMEOUTS) or not is_reused or not is_repeatable:
                 raise
         # The server closed it while it was idle, and most likely its siblings too.
         self.close()
-        connection, _ = self._checkout(must_live=False)
-        return self._round_trip(connection, packed, replies)
+        connection, _ = self._checkout(pace, must_live=False)
+        return self._round_trip(connection, packed, replies, pace)
 
-    def _round_trip(self, connection: AbstractConnection, packed: bytes, replies: int) -> list[Any]:
+    def _round_trip(self, connection: AbstractConnection, packed: bytes, replies: int, pace: _Pace | None) -> list[Any]:
         refusal: ResponseError | None = None
         answers = []
         is_clean = False
         try:
+            if pace is not None:
+                self._set_pace(connection, pace)
             connection.send_packed_command([packed], check_health=False)
-            for _ in range(replies):
+            for number in range(replies):
+                if pace is not None and number:
+                    self._set_pace(connection, pace)
                 try:
                     answers.append(connection.read_response())
                 except ResponseError as exc:
                     refusal = refusal or exc
+            if pace is not None:
+                _set_timeout(connection, connection.socket_timeout)
             is_clean = True
         finally:
             # Whatever unwound this, a reply may still come: such a connection must not be used again.
@@ -511,7 +594,15 @@ class RedisRemote:
             raise refusal
         return answers
 
-    def _checkout(self, *, must_live: bool) -> tuple[AbstractConnection, bool]:
+    def _set_pace(self, connection: AbstractConnection, pace: _Pace) -> None:
+        """Have the next read, or write, take no longer than *pace* leaves."""
+        left, regular = pace.until - self._clock(), connection.socket_timeout or inf
+        timeout = min(left, regular) if pace.is_hurried else left + regular
+        if timeout <= 0:
+            raise RedisTimeoutError("no time is left")
+        _set_timeout(connection, timeout)
+
+    def _checkout(self, pace: _Pace | None = None, *, must_live: bool) -> tuple[AbstractConnection, bool]:
         while True:
             try:
                 connection = self._idle.pop()
@@ -521,13 +612,19 @@ class RedisRemote:
                 return connection, True
             self._drop(connection, is_clean=True)
         connection = self._connect()
+        self._dial(connection, pace)
+        return connection, False
+
+    def _dial(self, connection: AbstractConnection, pace: _Pace | None) -> None:
         self._open.add(connection)
         try:
-            connection.connect()
+            if pace is None or not pace.is_hurried:
+                connection.connect()
+            else:
+                _connect_within(connection, pace.until - self._clock())
         except BaseException:
             self._drop(connection, is_clean=True)
             raise
-        return connection, False
 
     def _drop(self, connection: AbstractConnection, *, is_clean: bool) -> None:
         sock = socket_of(connection)
@@ -552,6 +649,13 @@ class RedisRemote:
         self._guard.failure()
         self._counts.l2_errors += 1
         return RemoteStoreError(op, "the reply has an unknown shape", outcome_unknown=True)
+
+
+class _Pace(NamedTuple):
+    """How long a call may take that is in a hurry, or has the server wait."""
+
+    until: float  # by the clock
+    is_hurried: bool  # else the server may take one socket timeout more to say that nothing has happened
 
 
 class _Order(NamedTuple):
@@ -599,6 +703,29 @@ def _filled(outcome: Any, order: _Order) -> Filled:
     return Filled(is_stored=False, winner=None, refused="fence")
 
 
+def _grant(reply: Any) -> Grant:
+    code, *rest = reply
+    if not isinstance(code, int) or not 0 <= code <= 3:  # noqa: PLR2004 - as acquire.lua says
+        raise ValueError(code)
+    if code == 0:
+        return Grant(0, is_mine=False, has_value=True, remaining=0.0, owner="", is_takeover=False)
+    fence, left_us, owner = rest
+    return Grant(
+        _stamp(fence),
+        is_mine=code > 1,
+        has_value=False,
+        remaining=max(0, left_us) / 1e6,
+        owner=bytes.decode(owner, "utf-8", "replace"),  # it is for people, and may be anybody's
+        is_takeover=code == 3,  # noqa: PLR2004
+    )
+
+
+def _claim(reply: Any) -> bool:
+    if reply not in {0, 1}:
+        raise ValueError(reply)
+    return bool(reply)
+
+
 def _stamp(reply: Any, *, allow_none: bool = False) -> int:
     if not isinstance(reply, int) or not (0 < reply <= MAX_STAMP or (allow_none and reply == 0)):
         raise ValueError(reply)
@@ -634,6 +761,29 @@ def _is_quiet(connection: AbstractConnection) -> bool:
 def socket_of(connection: AbstractConnection) -> socket.socket | None:
     """Return redis-py's socket; it has no public way to it."""
     return getattr(connection, "_sock", None)
+
+
+def _set_timeout(connection: AbstractConnection, timeout: float | None) -> None:
+    sock = socket_of(connection)
+    if sock is not None:
+        sock.settimeout(timeout)
+
+
+def _connect_within(connection: Any, seconds: float) -> None:
+    """Connect in about *seconds*: a name may have two addresses, and each step of the greeting waits for itself.
+
+    It is an ordinary connection afterwards. redis-py's parser has a copy of the timeout, to which some releases (5.2 to
+    7.1) return after a poll.
+    """
+    regular = connection.socket_timeout, getattr(connection, "socket_connect_timeout", None)
+    if seconds <= 0:
+        raise RedisTimeoutError("no time is left to connect")
+    timeouts = [min(seconds / 4, each or inf) for each in regular]
+    connection.socket_timeout, connection.socket_connect_timeout = timeouts
+    connection.connect()
+    connection.socket_timeout, connection.socket_connect_timeout = regular
+    connection._parser._socket_timeout = regular[0]  # noqa: SLF001 - there is no public way
+    _set_timeout(connection, regular[0])
 
 
 def abandon_socket(connection: AbstractConnection) -> None:

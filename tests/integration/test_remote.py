@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import threading
 import time
@@ -518,6 +519,25 @@ class TestGarbage:
             assert cache.delete_many(["a", "b"]) <= 2
             stats = cache.stats()
             assert stats["l2_hits"] == 0
+
+    @pytest.mark.parametrize("reply", REPLIES)
+    def test_no_lease_is_had_from_garbage(self, reply):
+        """What else than Redis answers makes nobody a holder, wakes nobody, and raises nothing but RemoteStoreError."""
+        calls: list[Callable[[RedisRemote], object]] = [
+            lambda remote: remote.acquire("k", owner="me", lease=9.0, seen=0, is_waiting=True).is_mine,
+            lambda remote: remote.renew([("k", 7), ("l", 7)], lease=9.0),
+            lambda remote: remote.await_release("k", 7, 0.01),
+            lambda remote: remote.read(["k"], seen=0, within=0.2),
+            lambda remote: remote.unmark("k"),
+        ]
+        for call in calls:
+            with FakeServer(self.REPLIES[reply]) as server, contextlib.closing(remote_to(server.url)) as remote:
+                try:
+                    found, cost = timed(functools.partial(call, remote))
+                except RemoteStoreError:
+                    continue
+                assert not found
+                assert cost < 2 * TIMEOUT + SLACK
 
     @pytest.mark.xfail(strict=True, reason="limit: a socket timeout is for each read, not for the whole reply")
     def test_a_reply_that_never_ends_is_bounded(self):

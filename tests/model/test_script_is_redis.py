@@ -48,12 +48,17 @@ class Open:
 
 
 class Relative:
-    """One of the two stores, its stamps told as distances from the last seed: absolute ones depend on the time."""
+    """One of the two stores, its stamps told as distances from the last seed: absolute ones depend on the time.
 
-    def __init__(self, remote, counter):
+    So do the fences of leases: they are told as the how manieth of their key.
+    """
+
+    def __init__(self, remote, counter, tamper):
         self.remote = remote
         self.counter = counter
+        self.tamper = tamper
         self.base = 0
+        self.fences = {}
 
     def rebase(self):
         """Count from the present counter."""
@@ -69,6 +74,24 @@ class Relative:
         life = None if found.remaining is None else round(found.remaining / 30)
         assert split is None or split[0] == found.stamp
         return tail, self.rel(found.stamp), self.rel(found.token), self.rel(found.floor), life
+
+    def grant(self, key, found):
+        fences = self.fences.setdefault(key, [])
+        if found.fence not in {0, *fences}:
+            assert not fences or found.fence > fences[-1]
+            fences.append(found.fence)
+        place = fences.index(found.fence) if found.fence else None
+        return place, found.is_mine, found.has_value, round(found.remaining / 30), found.owner, found.is_takeover
+
+    def fence(self, key, number):
+        """Return a fence of the key's: the newest, the one before, or one that nobody has had."""
+        fences = [1, 1, *self.fences.get(key, ())]
+        return fences[-1 - number % 2]
+
+    def words(self, key, fence):
+        """Yield what a release has left for those who wait."""
+        while word := self.remote.await_release(key, fence, 0.01):
+            yield word
 
     def filled(self, found):
         winner = None if found.winner is None else self.snapshot(found.winner)
@@ -116,12 +139,32 @@ class Relative:
                     stamp, removed = remote.delete([key, "both"], seen=seen)
                     return self.rel(stamp), removed
                 case "fill":
-                    return [
-                        self.filled(found)
-                        for found in remote.fill(
-                            [(key, tail, ttl, Fence(self.base + token, 1e11))], stale_ttl=number % 3 * 3000.0
-                        )
-                    ]
+                    fence = Fence(self.base + token, 1e11, self.fence(key, number // 2) if number % 2 else 0)
+                    filled = remote.fill([("other", tail, ttl, fence), (key, tail, ttl, fence)])
+                    return [self.filled(found) for found in filled]
+                case "fill stale":
+                    fence = Fence(self.base + token, 1e11)
+                    filled = remote.fill([(key, tail, ttl, fence)], stale_ttl=number % 3 * 3000.0)
+                    return [self.filled(found) for found in filled]
+                case "acquire":
+                    known = (lambda: remote.read([key], seen=seen)[0].stamp, lambda: None, lambda: 0)[number % 3]()
+                    owner, is_waiting = f"owner {number % 4}", number % 2 == 0
+                    found = remote.acquire(key, owner=owner, lease=ttl, seen=known, is_waiting=is_waiting)
+                    return self.grant(key, found)
+                case "renew":
+                    held = [(each, self.fence(each, number)) for each in (key, "a", "nobody's")]
+                    return remote.renew(held, lease=ttl)
+                case "release":
+                    fence = self.fence(key, number)
+                    was_held = remote.release(key, fence, word=("again", "alone")[number % 2])
+                    return was_held, list(self.words(key, fence))
+                case "lapse" | "forget" | "spoil":
+                    self.tamper(op, key)
+                    return None
+                case "mark":
+                    return remote.mark(key, ttl)
+                case "unmark":
+                    return remote.unmark(key)
                 case "increment":
                     stamp, total, life, kept = remote.increment(key, number, initial=(number, tail, ttl), seen=seen)
                     return self.rel(stamp), total, round(life / 30), kept
@@ -144,7 +187,11 @@ class Relative:
 OPERATIONS = [
     *["read", "read", "write", "write", "write text", "add", "replace", "delete", "fill", "fill", "fill", "increment"],
     *["touch", "clear", "invalidate", "invalidate", "prefix", "sweep", "read stale", "read stale", "write", "expire"],
-    *["expire tags"],
+    *["expire tags", "fill stale"],
+]
+LEASE_OPERATIONS = [
+    *["acquire", "acquire", "acquire", "acquire", "renew", "release", "release", "lapse", "forget", "spoil"],
+    *["mark", "unmark", "fill", "fill", "delete", "read", "write", "clear", "invalidate", "prefix"],
 ]
 
 
@@ -170,8 +217,8 @@ def pair(shared_redis, namespace, client):
     )
     server = Server(Clock())
     both = (
-        Relative(real, lambda: int(client.get(names.counter))),
-        Relative(ScriptedRemote(server), lambda: server.counter),
+        Relative(real, lambda: int(client.get(names.counter)), lambda *what: tamper_with_redis(client, names, *what)),
+        Relative(ScriptedRemote(server), lambda: server.counter, lambda *what: tamper_with_script(server, *what)),
     )
     for store in both:
         store.remote.read(["a"], seen=0)
@@ -180,9 +227,32 @@ def pair(shared_redis, namespace, client):
     real.close()
 
 
+def tamper_with_redis(client, names, what, key):
+    """Let a lease have lapsed, or its record be lost or foreign."""
+    name = names.lease(key)
+    if what == "lapse":
+        if client.type(name) == b"hash" and client.hexists(name, "until"):
+            client.hset(name, "until", 1)
+        return
+    client.delete(name)
+    if what == "spoil":
+        client.set(name, "a string", ex=3600)
+
+
+def tamper_with_script(server, what, key):
+    """Do the same to the script, whose time stands still: no fence may come twice."""
+    server.clock.advance(0.01)
+    if what == "lapse":
+        if key in server.leases and server.leases[key].ends_ms:
+            server.leases[key].ends_ms = 1
+        return
+    server.leases.pop(key, None)
+
+
 @pytest.mark.redis
+@pytest.mark.parametrize("operations", [OPERATIONS, LEASE_OPERATIONS], ids=["values", "leases"])
 @pytest.mark.parametrize("seed", range(6))
-def test_the_script_does_what_the_lua_does(pair, client, seed):
+def test_the_script_does_what_the_lua_does(pair, client, seed, operations):
     """Every outcome and every announcement is the same, stamps told from the last seed."""
     names, server, both = pair
     rng = random.Random(seed)
@@ -192,13 +262,17 @@ def test_the_script_does_what_the_lua_does(pair, client, seed):
         listener.get_message(timeout=5)
         for number in range(1, 250):
             step = (
-                *(rng.choice(OPERATIONS), rng.choice(KEYS), number),
+                *(rng.choice(operations), rng.choice(KEYS), number),
                 *(rng.randint(-3, number), rng.choice(LIVES), rng.choice(TAGS)),
             )
             outcomes = [store.do(*step) for store in both]
             assert outcomes[0] == outcomes[1], step
         heard = [heard_by(both[0], item) for item in itertools.islice(messages(listener), len(server.announced))]
     assert heard == [heard_by(both[1], item) for item in server.announced]
+    for key in KEYS:
+        kept = client.pttl(names.lease(key)) if client.type(names.lease(key)) == b"hash" else -2
+        lease, now_ms = server.leases.get(key), server.now_us() / 1000
+        assert round(kept / 30_000) == (0 if lease is None else round((lease.until_ms - now_ms) / 30_000))
 
 
 @pytest.mark.redis
@@ -218,10 +292,11 @@ def test_the_script_does_what_the_lua_does(pair, client, seed):
         "prefix",
         "sweep",
         "expire",
+        "acquire",
     ],
 )
 def test_the_script_loses_its_counter_as_the_lua_does(pair, client, loss, op):
-    """A lost or outrun counter is seeded anew, its old values are dead, and a fill never seeds."""
+    """A lost or outrun counter is seeded anew, its old values are dead; neither a fill nor a lease ever seeds."""
     names, server, both = pair
     for store in both:
         store.do("write", "a", 1, 0, 60.0)
@@ -234,8 +309,11 @@ def test_the_script_loses_its_counter_as_the_lua_does(pair, client, loss, op):
         server.counter = None if names.counter in gone else server.counter
         server.floor = None if names.floors in gone else server.floor
     answers = [store.do(op, "a", 2, 0, 60.0) for store in both]
-    if op == "fill":
-        assert answers[0] == answers[1] == [(False, "fence", None)]
+    if op in {"fill", "acquire"}:
+        refused = [(False, "fence", None)] * 2
+        # Of what the counter is behind, its leases know nothing: a value is read by who can tell.
+        granted = (None, False, True, 0, "", False) if loss == "behind" else (0, True, False, 2, "owner 2", False)
+        assert answers[0] == answers[1] == (refused if op == "fill" else granted)
         assert (client.get(names.counter) is None) == (server.counter is None)
         return
     shapes = [(type(answer), answer is None or answer == 0) for answer in answers]

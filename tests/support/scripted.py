@@ -27,7 +27,7 @@ from celery_mlcache.entry import Entry
 from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
 from celery_mlcache.local import Local
 from celery_mlcache.manager import CacheManager, Parts, Policy
-from celery_mlcache.protocols import BackplaneListener, Fence, Filled, Pulse, Snapshot
+from celery_mlcache.protocols import BackplaneListener, Fence, Filled, Grant, Pulse, Snapshot
 from celery_mlcache.singleflight import SingleFlight
 from celery_mlcache.stats import Stats
 from celery_mlcache.tier import Tier
@@ -39,6 +39,7 @@ NAMESPACE = "model"
 DELTA = 1.0
 TOMBSTONE_TTL = 60.0
 GRAVE = bytes([KIND_TOMBSTONE])
+WAKE_MS = 10_000
 
 
 class Clock:
@@ -73,6 +74,29 @@ class Line:
     prefix: str
 
 
+@dataclass
+class Lease:
+    """The record of one key's lease."""
+
+    fence: int
+    owner: str
+    ends_ms: int  # 0: given back
+    until_ms: int  # when Redis forgets it
+    waiters: int = 0
+
+
+@dataclass(eq=False)
+class Waiter:
+    """Who waits for the release of one lease: an event for :class:`Actor`."""
+
+    remote: ScriptedRemote
+    deadline: float  # by the test's clock
+    word: str | None = None
+
+    def is_set(self) -> bool:
+        return self.word is not None or self.remote.is_down or self.remote.server.clock.now >= self.deadline
+
+
 class Server:
     """What Redis holds for one namespace, and what each Lua script does to it; one method a script."""
 
@@ -84,6 +108,10 @@ class Server:
         self.prefixes: list[Line] = []
         self.records: dict[str, tuple[int, int, int]] = {}  # tag: stamp, soft, until (ms)
         self.values: dict[str, Stored] = {}
+        self.leases: dict[str, Lease] = {}
+        self.words: dict[tuple[str, int], tuple[list[str], int]] = {}  # (key, fence): what is to be popped, until (ms)
+        self.marks: dict[str, tuple[int, str]] = {}  # until (ms) and whose
+        self.blocked: dict[tuple[str, int], list[Waiter]] = {}
         self.feeds: list[deque[Any]] = []
         self.announced: list[bytes] = []
         self.writes: list[tuple[int, str, bytes | None]] = []  # (stamp, key, tail; None: deleted), in order
@@ -97,17 +125,19 @@ class Server:
         self.prefixes.clear()
         self.records.clear()
         self.values.clear()
+        self.leases.clear()
+        self.words.clear()
+        self.marks.clear()
 
     def save(self) -> Any:
         """Return what a lagging replica would have."""
-        return copy.deepcopy(
-            (self.counter, self.floor, self.newest, self.guard, self.prefixes, self.records, self.values)
-        )
+        floors = (self.counter, self.floor, self.newest, self.guard, self.prefixes)
+        return copy.deepcopy((*floors, self.records, self.values, self.leases, self.words, self.marks))
 
     def restore(self, saved: Any) -> None:
         """Fail over to that replica."""
         self.counter, self.floor, self.newest, self.guard, *rest = copy.deepcopy(saved)
-        self.prefixes, self.records, self.values = rest
+        self.prefixes, self.records, self.values, self.leases, self.words, self.marks = rest
 
     def live(self, key: str) -> Stored | None:
         """Return what a read would find, or None."""
@@ -258,7 +288,7 @@ class Server:
     def fill(self, items: Sequence[tuple[str, bytes, int, Fence]], stale: int = 0) -> list[Filled]:
         outcome = []
         now_ms = self.now_us() // 1000
-        for key, tail, ms, (token, clock) in items:
+        for key, tail, ms, (token, clock, lease) in items:
             answer = Filled(is_stored=False, winner=None, refused="fence")
             is_early = now_ms <= int(clock * 1000) + milliseconds(TOMBSTONE_TTL) // 2
             if self.counter and self.floor and self.counter >= token >= max(self.floor, self.guard) and is_early:
@@ -266,6 +296,8 @@ class Server:
                 if found is not None:
                     winner = self._snapshot(key, self.counter, self.floor)
                     answer = Filled(is_stored=False, winner=winner, refused="winner")
+                elif lease and (record := self._lease(key)) is not None and record.fence > lease:
+                    pass
                 elif stamp <= token:
                     is_valid = self._invalidated(key, tags_of(tail)) <= token
                     stale_ms = stale and self._after(ms + stale)
@@ -358,6 +390,75 @@ class Server:
         self.prefixes = [line for line in self.prefixes if line.stamp > stamp or not line.prefix.startswith(prefix)]
         return freed
 
+    # ---- the scripts about leases ---------------------------------------------------------------------------
+
+    def _lease(self, key: str) -> Lease | None:
+        found = self.leases.get(key)
+        if found is not None and self.now_us() // 1000 >= found.until_ms:
+            del self.leases[key]
+            return None
+        return found
+
+    def acquire(self, key: str, owner: str, ms: int, seen: int | None, *, is_waiting: bool) -> Grant:
+        if seen is not None and self.counter and self.floor:
+            value, stamp = self._stored(key, self.floor)
+            if value is not None and stamp != seen:
+                return Grant(0, is_mine=False, has_value=True, remaining=0.0, owner="", is_takeover=False)
+        lease = self._lease(key)
+        is_mine = lease is None or lease.ends_ms <= self.now_us() // 1000
+        is_takeover = is_mine and lease is not None and lease.ends_ms > 0
+        if is_mine:
+            fence, until = self.now_us(), self._after(ms + milliseconds(TOMBSTONE_TTL))
+            if lease is not None:
+                fence, until = max(fence, lease.fence + 1), max(until, lease.until_ms)
+            lease = self.leases[key] = Lease(fence, owner, self._after(ms), until)
+        else:
+            assert lease is not None
+            lease.waiters += is_waiting
+        remaining = (lease.ends_ms * 1000 - self.now_us()) / 1e6
+        return Grant(lease.fence, is_mine, False, remaining, lease.owner, is_takeover)
+
+    def renew(self, held: Sequence[tuple[str, int]], ms: int) -> list[bool]:
+        outcome = []
+        for key, fence in held:
+            lease = self._lease(key)
+            is_held = lease is not None and lease.ends_ms > 0 and lease.fence == fence
+            if lease is not None and is_held:
+                lease.ends_ms = self._after(ms)
+                lease.until_ms = max(lease.until_ms, lease.ends_ms + milliseconds(TOMBSTONE_TTL))
+            outcome.append(is_held)
+        return outcome
+
+    def release(self, key: str, fence: int, word: str) -> bool:
+        lease = self._lease(key)
+        if lease is None or lease.ends_ms == 0 or lease.fence != fence:
+            return False
+        blocked = self.blocked.pop((key, fence), [])[: lease.waiters]
+        for waiter in blocked:
+            waiter.word = word
+        if lease.waiters > len(blocked):
+            self.words[key, fence] = [word] * (lease.waiters - len(blocked)), self._after(WAKE_MS)
+        lease.owner, lease.ends_ms, lease.waiters = "", 0, 0
+        return True
+
+    def pop_word(self, key: str, fence: int) -> str | None:
+        words, until_ms = self.words.get((key, fence), ([], 0))
+        return words.pop() if words and self.now_us() // 1000 < until_ms else None
+
+    def mark(self, key: str, ms: int, owner: str, *, is_new: bool) -> bool:
+        if is_new and self.marked(key):
+            return False
+        self.marks[key] = (self._after(ms), owner)
+        return True
+
+    def marked(self, key: str) -> str:
+        until, owner = self.marks.get(key, (0, ""))
+        return owner if until > self.now_us() // 1000 else ""
+
+    def unmark(self, key: str, owner: str) -> None:
+        if not owner or self.marked(key) == owner:
+            self.marks.pop(key, None)
+
 
 def tags_of(tail: bytes) -> tuple[str, ...]:
     """Return the tags that stand in a tail; none in what is no codec's."""
@@ -410,7 +511,9 @@ class ScriptedRemote:
             raise RemoteStoreError(op, "no reply in time", outcome_unknown=True)
         return result
 
-    def read(self, keys: Sequence[str], *, seen: int, is_lenient: bool = False) -> list[Snapshot]:
+    def read(
+        self, keys: Sequence[str], *, seen: int, is_lenient: bool = False, within: float | None = None
+    ) -> list[Snapshot]:
         op = "lenient" if is_lenient else "read"
         return list(self._call(op, lambda: self.server.read(keys, seen, is_lenient=is_lenient)))
 
@@ -467,6 +570,51 @@ class ScriptedRemote:
 
     def sweep(self, prefix: str, stamp: int, *, seen: int) -> int:
         return int(self._call("sweep", lambda: self.server.sweep(prefix, stamp, seen)))
+
+    def acquire(self, key: str, *, owner: str, lease: float, seen: int | None, is_waiting: bool) -> Grant:
+        ms, script = milliseconds(lease), self.server.acquire
+        grant: Grant = self._call("acquire", lambda: script(key, owner, ms, seen, is_waiting=is_waiting))
+        return grant
+
+    def renew(self, held: Sequence[tuple[str, int]], *, lease: float) -> list[bool]:
+        return list(self._call("renew", lambda: self.server.renew(held, milliseconds(lease)))) if held else []
+
+    def release(self, key: str, fence: int, *, word: str) -> bool:
+        return bool(self._call("release", lambda: self.server.release(key, fence, word)))
+
+    def await_release(self, key: str, fence: int, timeout: float) -> str:
+        """Wait as an actor; the test itself, to which nobody can give anything meanwhile, lets the time pass."""
+        return str(self._call("await", lambda: self._wait(key, fence, timeout)))
+
+    def _wait(self, key: str, fence: int, timeout: float) -> str:
+        server = self.server
+        word = server.pop_word(key, fence)
+        if word is not None:
+            return word
+        actor = greenlet.getcurrent()
+        if not isinstance(actor, Actor):
+            server.clock.advance(timeout)
+            return ""
+        waiter = Waiter(self, server.clock.now + timeout)
+        server.blocked.setdefault((key, fence), []).append(waiter)
+        while not waiter.is_set():
+            actor.waits_for = waiter
+            actor.parent.switch("wait")
+        if waiter.word is None:
+            if waiter in server.blocked.get((key, fence), ()):
+                server.blocked[key, fence].remove(waiter)
+            if self.is_down:
+                raise RemoteStoreError("await", "down", outcome_unknown=True)
+        return waiter.word or ""
+
+    def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
+        return bool(self._call("mark", lambda: self.server.mark(key, milliseconds(seconds), owner, is_new=is_new)))
+
+    def marked(self, key: str, *, within: float | None = None) -> str:
+        return str(self._call("marked", lambda: self.server.marked(key)))
+
+    def unmark(self, key: str, *, owner: str = "") -> None:
+        self._call("unmark", lambda: self.server.unmark(key, owner))
 
     def ping(self) -> float:
         self._call("ping", lambda: None)
@@ -673,7 +821,7 @@ class Actor(greenlet.greenlet):
         self.result: Any = None
         self.error: BaseException | None = None
         self.replies: list[tuple[str, Any]] = []
-        self.waits_for: GreenEvent | None = None
+        self.waits_for: GreenEvent | Waiter | None = None
         self.at = "start"
 
     def _run(self) -> None:

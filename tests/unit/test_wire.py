@@ -111,25 +111,26 @@ def stored(stamp, *tags, kind=KIND_VALUE):
     return pack_head(stamp, 9) + tail
 
 
-@pytest.mark.parametrize(
-    ("floors", "value", "expected"),
-    [
-        (b"5 7 5", stored(6, "t"), False),
-        (b"5 7 5", stored(6), True),
-        (b"5 7 5", stored(7, "t"), True),
-        (b"5 7 5", stored(6, kind=KIND_TOMBSTONE), True),
-        (b"5 7 5", None, True),
-        (b"5 7 5", b"garbage" * 20, True),
-        (b"5 7 5", stored(6, "t")[:48], True),
-        (b"7 7 7", stored(6, "t"), True),
-        (b"5 5 6\n6 user:", None, False),
-        (b"5", None, False),
-        (b"", None, False),
-        (None, None, False),
-        (b"5 " + b"9" * 40 + b" 1", None, False),
-        (b"5 7", None, False),
-    ],
-)
+# Named: a value holds the time of its making, and a test's name must be the same in every process that collects it.
+JUDGED = {
+    "tagged before the newest tag": (b"5 7 5", stored(6, "t"), False),
+    "untagged": (b"5 7 5", stored(6), True),
+    "tagged after it": (b"5 7 5", stored(7, "t"), True),
+    "tombstone": (b"5 7 5", stored(6, kind=KIND_TOMBSTONE), True),
+    "nothing stored": (b"5 7 5", None, True),
+    "garbage stored": (b"5 7 5", b"garbage" * 20, True),
+    "cut off": (b"5 7 5", stored(6, "t")[:48], True),
+    "no tag since the floor": (b"7 7 7", stored(6, "t"), True),
+    "a prefix": (b"5 5 6\n6 user:", None, False),
+    "one number": (b"5", None, False),
+    "no number": (b"", None, False),
+    "no floors": (None, None, False),
+    "too many digits": (b"5 " + b"9" * 40 + b" 1", None, False),
+    "two numbers": (b"5 7", None, False),
+}
+
+
+@pytest.mark.parametrize(("floors", "value", "expected"), JUDGED.values(), ids=JUDGED)
 def test_what_plain_commands_can_judge(floors, value, expected):
     """No prefix that was invalidated, and no tagged value older than the newest invalidation of a tag."""
     assert is_plain(floors, [None, value]) == expected
