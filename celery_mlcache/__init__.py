@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     from celery_mlcache.errors import (
         CacheClosedError,
         CacheKeyError,
+        CallInProgressError,
         CodecError,
         ConfigurationError,
         MLCacheError,
         NotAnIntegerError,
+        NotCachedError,
         RemoteStoreError,
         SerializationError,
     )
     from celery_mlcache.factory import create_cache_manager
     from celery_mlcache.fleet.app import setup_cache
     from celery_mlcache.fleet.decorator import cached_task
+    from celery_mlcache.fleet.signals import cache_error, cache_hit, cache_miss, cache_stale
     from celery_mlcache.fleet.task import CachedTask
     from celery_mlcache.manager import CacheManager
 
@@ -35,12 +38,18 @@ _HOMES = {
     "CacheKeyError": "errors",
     "CacheManager": "manager",
     "CachedTask": "fleet.task",
+    "CallInProgressError": "errors",
     "CodecError": "errors",
     "ConfigurationError": "errors",
     "MLCacheError": "errors",
     "NotAnIntegerError": "errors",
+    "NotCachedError": "errors",
     "RemoteStoreError": "errors",
     "SerializationError": "errors",
+    "cache_error": "fleet.signals",
+    "cache_hit": "fleet.signals",
+    "cache_miss": "fleet.signals",
+    "cache_stale": "fleet.signals",
     "cached_task": "fleet.decorator",
     "create_cache_manager": "factory",
     "setup_cache": "fleet.app",
@@ -53,12 +62,18 @@ __all__ = [
     "CacheKeyError",
     "CacheManager",
     "CachedTask",
+    "CallInProgressError",
     "CodecError",
     "ConfigurationError",
     "MLCacheError",
     "NotAnIntegerError",
+    "NotCachedError",
     "RemoteStoreError",
     "SerializationError",
+    "cache_error",
+    "cache_hit",
+    "cache_miss",
+    "cache_stale",
     "cached_task",
     "create_cache_manager",
     "setup_cache",

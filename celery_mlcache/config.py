@@ -335,7 +335,13 @@ class CacheConfig(BaseSettings):
     circuit_threshold: _Count = Field(3, ge=1, le=1000, description="Failures in a row that open the circuit breaker")
     circuit_reset: _Number = Field(1.0, gt=0, le=_HOUR, description="Seconds until an open breaker lets one call try")
     single_flight_wait: _Number = Field(
-        10.0, ge=0, le=_HOUR, description="Seconds a thread waits for another's loader before it runs its own"
+        10.0, ge=0, le=_HOUR, description="Seconds a caller waits for another's loader before it runs its own"
+    )
+    single_flight_lease: _Number = Field(
+        5.0, ge=0.1, le=_HOUR, description="Seconds after which another process takes over from one that died computing"
+    )
+    producer_budget: _Number = Field(
+        0.02, gt=0, le=10, description="Seconds that a call may look for its result before it is sent to a worker"
     )
     strict: bool = Field(False, description="Raise when Redis fails, in place of a miss")
 

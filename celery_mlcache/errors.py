@@ -12,6 +12,8 @@ What may live here: exception classes and a question about foreign ones. ``args`
     ├── NotAnIntegerError (TypeError)       incr/decr on something that is not a counter
     ├── CodecError                          stored bytes that are not what they should be
     ├── RemoteStoreError                    Redis failed (raised to users in strict mode only)
+    ├── CallInProgressError                 another one computes it, and the caller would rather not wait
+    ├── NotCachedError (LookupError)        a call that was to be answered from the cache only
     └── CacheClosedError (RuntimeError)     use after close()
 """
 
@@ -106,6 +108,33 @@ class RemoteStoreError(MLCacheError):
     def __str__(self) -> str:
         """Name the operation and what went wrong."""
         return f"L2 {self.op} failed: {self.why}"
+
+
+class CallInProgressError(MLCacheError):
+    """Somebody computes this value right now, and the caller has said not to wait for it.
+
+    ``owner`` says who, ``remaining`` for how many seconds at least nobody else may, as far as is known.
+    """
+
+    def __init__(self, key: str, owner: str, remaining: float) -> None:
+        super().__init__(key, owner, remaining)
+        self.key, self.owner, self.remaining = key, owner, remaining
+
+    def __str__(self) -> str:
+        """Name the key and who computes it."""
+        return f"{self.key!r} is being computed by {self.owner}"
+
+
+class NotCachedError(MLCacheError, LookupError):
+    """A call with ``mlcache="only"`` met a result that is not cached."""
+
+    def __init__(self, task: str, key: str, why: str) -> None:
+        super().__init__(task, key, why)
+        self.task, self.key, self.why = task, key, why
+
+    def __str__(self) -> str:
+        """Name the task and why nothing was found."""
+        return f"{self.task}: {self.why}"
 
 
 class CacheClosedError(MLCacheError, RuntimeError):

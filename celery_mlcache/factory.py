@@ -26,6 +26,7 @@ from celery_mlcache.coherence import Coherence
 from celery_mlcache.config import CacheConfig, RedisLocation, load_config
 from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.keys import RedisNames
+from celery_mlcache.leases import Leases
 from celery_mlcache.local import Local
 from celery_mlcache.manager import CacheManager, Parts, Policy
 from celery_mlcache.protocols import Connector
@@ -76,7 +77,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
     has_l1 = config.cache_enabled and config.l1_enabled and with_l1
     has_l2 = config.cache_enabled and config.l2_enabled
     is_synced = has_l1 and has_l2 and config.cache_sync_enabled
-    breaker = remote = backplane = abandon = None
+    breaker = remote = backplane = leases = abandon = None
     if has_l2:
         names = RedisNames(config.cache_namespace, config.redis_location().db)
         connect = connectors(config)
@@ -104,6 +105,13 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
                 heartbeat=config.heartbeat,
                 overdue=max(config.staleness_bound, LOST_PROOF),
             )
+        leases = Leases(
+            remote,
+            owner=f"{socket.gethostname()}:{os.getpid()}",
+            seconds=config.single_flight_lease,
+            clock=clock,
+            counts=stats,
+        )
         abandon = _abandoner(remote, backplane)
     coherence = Coherence(
         delta=config.staleness_bound if is_synced else inf, tombstone_ttl=config.tombstone_ttl, synced=is_synced
@@ -128,6 +136,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
         remote=remote,
         backplane=backplane,
         breaker=breaker,
+        leases=leases,
         abandon=abandon,
     )
 

@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Literal, NamedTuple, Self, TypeVar
 
 from celery_mlcache.backplane import Backplane
 from celery_mlcache.breaker import CircuitBreaker
@@ -32,6 +32,7 @@ from celery_mlcache.coherence import Coherence, Departure, Ticket
 from celery_mlcache.entry import MISS, Entry
 from celery_mlcache.errors import (
     CacheClosedError,
+    CallInProgressError,
     CodecError,
     NotAnIntegerError,
     RemoteStoreError,
@@ -39,14 +40,16 @@ from celery_mlcache.errors import (
     is_interrupt,
 )
 from celery_mlcache.keys import check_key, check_prefix, check_tags, format_token, parse_token
-from celery_mlcache.protocols import Fence, RemoteStore, Shelved, Snapshot, ValueCodec
+from celery_mlcache.leases import ALONE, Lease, Leases, held
+from celery_mlcache.protocols import Fence, Grant, RemoteStore, Shelved, Snapshot, ValueCodec
 from celery_mlcache.singleflight import Flight, SingleFlight
 from celery_mlcache.stats import Stats
 from celery_mlcache.tier import Tier
 from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER
 
 T = TypeVar("T")
-_Options = tuple[float | None, tuple[str, ...], float]  # ttl, tags, stale_ttl
+Contention = Literal["wait", "stale", "retry", "compute", "raise"]
+Level = Literal["l1", "l2", "shared", "miss", "stale"]
 _Sum = tuple[int, int, float, tuple[str, ...]]  # stamp, number, seconds left, tags
 _Collection = list[str] | tuple[str, ...] | set[str] | frozenset[str]
 
@@ -80,7 +83,93 @@ class Parts:
     remote: RemoteStore | None = None
     backplane: Backplane | None = None
     breaker: CircuitBreaker | None = None
+    leases: Leases | None = None
     abandon: Callable[[], None] | None = None  # in a forked child: let go of inherited sockets
+
+
+class Loaded(NamedTuple):
+    """What a loader made, and how it is to be kept.
+
+    Attributes:
+        value: The value.
+        life: Seconds that it lives; None for the default.
+        tags: What it can be invalidated by, beside its key.
+        stale_life: Seconds beyond its life for which it is kept in L2, to be served stale.
+        is_kept: Whether it is to be stored at all.
+        is_jittered: Whether the cache's jitter shortens its life.
+        max_size: Bytes that it may take in Redis; None for any.
+    """
+
+    value: Any
+    life: float | None = None
+    tags: tuple[str, ...] = ()
+    stale_life: float = 0.0
+    is_kept: bool = True
+    is_jittered: bool = True
+    max_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a look-up goes on where no level has a value; for :meth:`CacheManager.resolve`.
+
+    Attributes:
+        load: Makes the value.
+        tags: Those of its tags that are known before.
+        wants_stale: A stale value will do, and nobody loads then.
+        forgives: Says of an Exception that *load* has raised whether a stale value may stand in for it.
+        is_shared: One load at a time in the whole fleet, by a lease; else in this process.
+        contention: What to do while another one loads.
+        max_wait: Seconds to wait for others in all; None for the cache's setting.
+        ancestry: Returns fences of leases that this call must not wait for, beside those of :func:`leases.held`.
+    """
+
+    load: Callable[[], Loaded]
+    tags: tuple[str, ...] = ()
+    wants_stale: bool = False
+    forgives: Callable[[Exception], bool] | None = None
+    is_shared: bool = False
+    contention: Contention = "wait"
+    max_wait: float | None = None
+    ancestry: Callable[[], Sequence[int]] = tuple
+
+
+class Answer(NamedTuple):
+    """What a look-up has come to.
+
+    Attributes:
+        value: The value.
+        level: Where it was found. "shared": another caller in this process was just loading it; "miss": nowhere.
+        is_loaded: This caller's own loader made it. Where it ran and another's value won, this is that value.
+        error: What the loader raised, where a stale value stands in for it.
+        is_degraded: L2 did not answer.
+        is_kept: What was loaded could be stored, as far as this process knows.
+    """
+
+    value: Any
+    level: Level
+    is_loaded: bool = False
+    error: Exception | None = None
+    is_degraded: bool = False
+    is_kept: bool = True
+
+
+class Inspection(NamedTuple):
+    """What there is of a key, found without changing anything.
+
+    Attributes:
+        value: The value, or MISS.
+        level: Where it is: "stale" where its life has ended, None where it is nowhere.
+        remaining: Seconds of life that it has left.
+        tags: What it can be invalidated by.
+        why: Why it is nowhere, in a sentence.
+    """
+
+    value: Any = MISS
+    level: Literal["l1", "l2", "stale"] | None = None
+    remaining: float | None = None
+    tags: tuple[str, ...] = ()
+    why: str = ""
 
 
 @dataclass(slots=True)
@@ -94,6 +183,7 @@ class _Found:
     token: int = 0
     stamp: int = 0
     clock: float = 0.0  # the server's, when it answered
+    lease: int = 0  # the fence of the lease under which it is loaded
     is_absent: bool = False  # no live value, readable or not
     is_unanswered: bool = False
 
@@ -209,6 +299,8 @@ class CacheManager:
         if parts is None:
             return
         self.told = parts.tier.coherence.token()
+        if parts.leases is not None:
+            parts.leases.close()
         if parts.backplane is not None:
             parts.backplane.stop(timeout)
         if parts.remote is not None:
@@ -295,6 +387,62 @@ class CacheManager:
         entry = parts.tier.live(key)
         return None if entry is None else entry.deadline - self._clock()
 
+    def get_within(self, key: str, seconds: float) -> tuple[Any, bool]:
+        """Return what is found of *key* in so many seconds, or MISS, and whether that was said in time.
+
+        Never raises for Redis, and one that is too slow for this is not taken for an outage by others.
+        """
+        parts = self._parts or self._start()
+        key = check_key(key)
+        value = parts.tier.look(key)
+        if value is not MISS or parts.remote is None:
+            return value, True
+        with parts.tier.tickets((key,)) as tickets:
+            try:
+                found = self._fetch(parts, parts.remote, tickets, within=seconds)[0]
+            except RemoteStoreError:  # strict
+                return MISS, False
+            parts.stats.l2_hits += found.value is not MISS
+            return found.value, not found.is_unanswered
+
+    def inspect(self, key: str) -> Inspection:
+        """Return what there is of *key* and where, without counting, filling or changing anything.
+
+        Raises:
+            CacheKeyError: *key* cannot be a key.
+            RemoteStoreError: Only with ``strict``.
+        """
+        parts = self._parts or self._start()
+        key = check_key(key)
+        entry = parts.tier.live(key) if self._clock() < self._coherence.lease_until else None
+        if parts.remote is not None:
+            return self._inspect_remote(parts, parts.remote, key, "l2" if entry is None else "l1")
+        if entry is None:
+            return Inspection(why="nothing is in L1, and there is no L2")
+        return Inspection(entry.read(), "l1", entry.deadline - self._clock(), entry.tags)
+
+    def _inspect_remote(self, parts: Parts, remote: RemoteStore, key: str, level: Literal["l1", "l2"]) -> Inspection:
+        snapshot = self._peek_remote(parts, key)
+        if snapshot is None:
+            return Inspection(why="L2 does not answer")
+        if snapshot.data is not None:
+            return self._inspected(parts, key, snapshot, level)
+        with suppress(RemoteStoreError):
+            (stale,) = remote.read((key,), seen=parts.tier.highest_stamp(), is_lenient=True)
+            if stale.data is not None:
+                return self._inspected(parts, key, stale, "stale")
+        if snapshot.stamp:
+            return Inspection(why="it was invalidated, or its life has ended, a while ago")
+        return Inspection(why="nothing is stored: it was never computed, or has long been gone")
+
+    def _inspected(self, parts: Parts, key: str, snapshot: Snapshot, level: Literal["l1", "l2", "stale"]) -> Inspection:
+        assert snapshot.data is not None
+        try:
+            decoded = parts.codec.decode(key, snapshot.data)
+        except CodecError as exc:
+            return Inspection(why=f"what is stored cannot be read ({exc.reason})")
+        return Inspection(decoded.value, level, snapshot.remaining, decoded.tags)
+
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """Return the values of those *keys* that have one; what L1 lacks is asked for in one round trip.
 
@@ -363,62 +511,170 @@ class CacheManager:
                 self._l1_hits += 1
                 value: T = entry.value if entry.thaw is None else entry.thaw(entry.value)
                 return value
-        loaded: T = self._get_or_set_slow(key, loader, (ttl, checked, stale_ttl))
+        plan = Plan(
+            lambda: Loaded(loader(), ttl, checked, stale_ttl),
+            tags=checked,
+            forgives=_any_error if stale_ttl else None,
+        )
+        loaded: T = self._resolve_slow(key, plan).value
         return loaded
 
-    def _get_or_set_slow(self, key: str, loader: Callable[[], Any], options: _Options) -> Any:
+    def resolve(self, key: str, plan: Plan) -> Answer:
+        """Return the value of *key* and where it was found; where no level has one, go by *plan*.
+
+        What :meth:`get_or_set` does, with all that cached tasks need beside it: stale values that others refresh, one
+        load at a time in the whole fleet, and a say in what happens meanwhile.
+
+        Raises:
+            CallInProgressError: Another one loads it, and the plan says not to wait.
+            Exception: As :meth:`get_or_set`.
+        """
+        lease = self._coherence.lease_until  # as in get(), and written out for the same reason
+        entry = self._front_get(key)
+        if entry is not None:
+            now = self._clock()
+            if now < lease and now < entry.deadline:
+                self._l1_hits += 1
+                return Answer(entry.value if entry.thaw is None else entry.thaw(entry.value), "l1")
+        return self._resolve_slow(key, plan)
+
+    def _resolve_slow(self, key: str, plan: Plan) -> Answer:
         parts = self._parts or self._start()
         key = check_key(key)
         value = parts.tier.look(key)
         if value is not MISS:
-            return value
+            return Answer(value, "l1")
         if parts.remote is None and parts.tier.local is None:
             parts.stats.misses += 1
-            return self._load(parts, loader)  # switched off: every loader runs
-        flight, is_leader = parts.flights.board(key, partial(_is_current, options[1]))
+            return self._load_alone(parts, plan)  # switched off: every loader runs
+        give_up = self._clock() + (parts.flights.max_wait if plan.max_wait is None else plan.max_wait)
+        flight, is_leader = self._board(parts, key, plan, give_up)
         if not is_leader:
-            if flight.result is None:
-                return self._load(parts, loader)  # the leader's result cannot be copied: no use in waiting in line
-            parts.stats.coalesced += 1
-            return flight.result.read()
+            if isinstance(flight.result, Shelved):
+                parts.stats.coalesced += 1
+                return Answer(flight.result.read(), "shared")
+            return self._load_alone(parts, plan)  # the leader's result cannot be copied: no use in waiting in line
         with flight, parts.tier.tickets((key,)) as (ticket,):
-            departure = parts.tier.depart(ticket, options[1])
+            departure = parts.tier.depart(ticket, plan.tags)
             flight.ticket = partial(parts.tier.is_current, departure)
-            return self._lead(parts, flight, departure, loader, options)
+            return self._lead(parts, flight, departure, plan, give_up)
 
-    def _lead(
-        self, parts: Parts, flight: Flight, departure: Departure, loader: Callable[[], Any], options: _Options
-    ) -> Any:
+    def _load_alone(self, parts: Parts, plan: Plan) -> Answer:
+        return Answer(self._load(parts, plan.load).value, "miss", is_loaded=True, is_kept=False)
+
+    def _board(self, parts: Parts, key: str, plan: Plan, give_up: float) -> tuple[Flight, bool]:
+        """Lead a flight of this process, or follow one to its end, or do what the plan says in place of waiting."""
+        is_current = partial(_is_current, plan.tags)
+        if plan.contention == "wait" or not plan.is_shared:
+            return parts.flights.board(key, is_current, give_up)
+        flight, is_leader = parts.flights.join(key, is_current)
+        if is_leader:
+            return flight, True
+        if plan.contention in {"raise", "retry"}:
+            raise CallInProgressError(key, "this process", 0.0)
+        if plan.contention == "stale" and parts.remote is None:
+            return parts.flights.board(key, is_current, give_up)
+        return parts.flights.alone(key), True
+
+    def _lead(self, parts: Parts, flight: Flight, departure: Departure, plan: Plan, give_up: float) -> Answer:
         """Find or load for everybody who follows this flight."""
-        ticket = departure.ticket
-        (found,) = self._find_many(parts, [ticket])
-        departure.tags = (*departure.tags, *found.shelved.tags)  # before the token: then these are what counts
-        departure.token = found.token
-        if found.value is not MISS:
-            parts.stats.l2_hits += parts.remote is not None
-            flight.land(found.shelved)
-            return found.value
+        key = departure.ticket.key
+        is_stale_asked = plan.wants_stale
+        while True:
+            (found,) = self._find_many(parts, [departure.ticket])
+            departure.tags = (*departure.tags, *found.shelved.tags)  # before the token: then these are what counts
+            departure.token = found.token
+            if found.value is not MISS:
+                parts.stats.l2_hits += parts.remote is not None
+                flight.land(found.shelved)
+                return Answer(found.value, "l2" if parts.remote is not None else "l1")
+            if is_stale_asked and not found.is_unanswered:
+                stale = self._find_stale(parts, key)
+                if stale is not None:
+                    parts.stats.misses += 1
+                    return Answer(stale.read(), "stale")  # who follows finds it too, and knows what it is
+                is_stale_asked = False
+            turn = self._take_turn(parts, found, plan, give_up)
+            if turn is None:
+                break
+            if isinstance(turn, Shelved):
+                parts.stats.misses += 1
+                return Answer(turn.read(), "stale")
+            if isinstance(turn, Lease):
+                with turn:
+                    found.lease = turn.fence
+                    answer = self._load_and_land(parts, flight, departure, found, plan)
+                    turn.word = turn.word if answer.is_kept else ALONE
+                    return answer
+        return self._load_and_land(parts, flight, departure, found, plan)
+
+    def _take_turn(self, parts: Parts, found: _Found, plan: Plan, give_up: float) -> Lease | Shelved | bool | None:
+        """Ask for the fleet's lease, and wait for it if that is the plan.
+
+        Returns the lease; or a stale value, for one is being loaded; or True: look again; or None: load without.
+        """
+        if parts.leases is None or not plan.is_shared or found.is_unanswered:
+            return None
+        key, left = found.ticket.key, give_up - self._clock()
+        is_waiting = left > 0 and plan.contention in {"wait", "stale"}
+        try:
+            # What is there but cannot be read must not be taken for the value that another one has loaded.
+            grant = parts.leases.ask(key, seen=0 if found.is_absent else found.stamp, is_waiting=is_waiting)
+            if grant.is_mine:
+                return parts.leases.hold(key, grant)
+            return grant.has_value or self._contend(parts, parts.leases, key, grant, plan=plan, left=left)
+        except RemoteStoreError as exc:
+            self._failed(parts, exc)
+            return None
+
+    def _contend(
+        self, parts: Parts, leases: Leases, key: str, grant: Grant, *, plan: Plan, left: float
+    ) -> Lease | Shelved | bool | None:
+        """Another one loads: do what the plan says, and return as :meth:`_take_turn` does."""
+        if grant.fence in held() or grant.fence in plan.ancestry():
+            return leases.borrow(key, grant.fence)
+        if plan.contention in {"raise", "retry"}:
+            raise CallInProgressError(key, grant.owner, grant.remaining)
+        stale = self._find_stale(parts, key) if plan.contention == "stale" else None
+        if stale is not None:
+            return stale
+        if left > 0 and plan.contention != "compute":
+            return self._wait(parts, leases, key, grant, left)
+        parts.stats.wait_timeouts += plan.contention != "compute"
+        return None
+
+    def _wait(self, parts: Parts, leases: Leases, key: str, grant: Grant, left: float) -> bool | None:
+        parts.stats.waits += 1
+        began = self._clock()
+        try:
+            word = leases.wait(key, grant, left)
+        finally:
+            parts.stats.wait_seconds += self._clock() - began
+        return None if word == ALONE else True
+
+    def _load_and_land(self, parts: Parts, flight: Flight, departure: Departure, found: _Found, plan: Plan) -> Answer:
         parts.stats.misses += 1
         try:
-            loaded = self._load(parts, loader)
+            loaded = self._load(parts, plan.load)
         except Exception as exc:
-            stale = None if is_interrupt(exc) or not options[2] else self._find_stale(parts, ticket.key)
+            is_forgiven = plan.forgives is not None and not is_interrupt(exc) and plan.forgives(exc)
+            stale = self._find_stale(parts, found.ticket.key) if is_forgiven else None
             if stale is None:
                 raise
-            log.warning("a loader failed, and a stale value is served", exc_info=exc, extra={"key": ticket.key})
-            return stale.read()
-        draft = self._draft(parts, found, loaded, options)
+            log.warning("a loader failed, and a stale value is served", exc_info=exc, extra={"key": found.ticket.key})
+            return Answer(stale.read(), "stale", error=exc)
+        draft = self._draft(parts, found, loaded)
         if draft is None:
             flight.land(None)
-            return loaded
-        winner = self._fill(parts, [draft]).get(ticket.key)
+            return Answer(loaded.value, "miss", is_loaded=True, is_degraded=found.is_unanswered, is_kept=False)
+        winner = self._fill(parts, [draft]).get(found.ticket.key)
         if winner is None:
             flight.land(draft.shelved)
-            return loaded
+            return Answer(loaded.value, "miss", is_loaded=True, is_degraded=found.is_unanswered)
         departure.tags = (*departure.tags, *winner.shelved.tags)
         if parts.tier.is_current(departure, ()):
             flight.land(winner.shelved)  # else it may be dead to who came later, and they ask for themselves
-        return winner.value
+        return Answer(winner.value, "miss")
 
     def get_or_set_many(
         self,
@@ -437,7 +693,7 @@ class CacheManager:
         parts = self._parts or self._start()
         if ttl is not None:
             check_ttl(ttl)
-        options = (ttl, check_tags(tags), 0.0)
+        checked = check_tags(tags)
         found, missing = self._look_many(parts, keys)
         if not missing:
             return found
@@ -456,7 +712,7 @@ class CacheManager:
                 for seen in absent:
                     if seen.ticket.key in loaded:
                         found[seen.ticket.key] = value = loaded[seen.ticket.key]
-                        draft = self._draft(parts, seen, value, options)
+                        draft = self._draft(parts, seen, Loaded(value, ttl, checked))
                         if draft is not None:
                             drafts.append(draft)
                 for key, winner in self._fill(parts, drafts).items():
@@ -488,11 +744,14 @@ class CacheManager:
         finally:
             parts.stats.load_seconds += self._clock() - began
 
-    def _draft(self, parts: Parts, found: _Found, value: Any, options: _Options) -> _Draft | None:
-        """Return *value* ready to be stored with *options* (ttl, tags), or None where the codec refuses it."""
-        key, (ttl, tags, stale_life) = found.ticket.key, options
+    def _draft(self, parts: Parts, found: _Found, loaded: Loaded) -> _Draft | None:
+        """Return what was loaded, ready to be stored, or None where it is not to be, or the codec refuses it."""
+        if not loaded.is_kept:
+            return None
+        key, value, tags = found.ticket.key, loaded.value, loaded.tags
         try:
             tail = parts.codec.encode(key, value, tags=tags)
+            _check_size(tail, loaded)
             shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
         except SerializationError as exc:
             parts.stats.unserializable += 1
@@ -501,7 +760,8 @@ class CacheManager:
             if parts.stats.unserializable == 1:
                 log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})
             return None
-        return _Draft(found, tail, shelved, self._life(parts, ttl), stale_life)
+        life = self._life(parts, loaded.life) if loaded.is_jittered else check_ttl(loaded.life)
+        return _Draft(found, tail, shelved, life, loaded.stale_life)
 
     def _fill(self, parts: Parts, drafts: Sequence[_Draft]) -> dict[str, _Found]:
         """Store by fenced adds; return the live values that were there already, by key."""
@@ -527,7 +787,8 @@ class CacheManager:
         found = draft.found
         if found.is_unanswered:
             return None  # L2 did not answer the read
-        return parts.tier.fence(found.ticket, Fence(found.token, found.clock), found.taken_at, draft.shelved.tags)
+        fence = parts.tier.fence(found.ticket, Fence(found.token, found.clock), found.taken_at, draft.shelved.tags)
+        return fence if fence is None or not found.lease else fence._replace(lease=found.lease)
 
     def _fill_remote(
         self, parts: Parts, remote: RemoteStore, batch: Sequence[tuple[_Draft, Fence]]
@@ -837,24 +1098,61 @@ class CacheManager:
         What happens to the key meanwhile wins: the result is then returned and not stored, for it may be older.
         Raises as :meth:`get_or_set`.
         """
-        parts = self._parts or self._start()
-        key = check_key(key)
         if ttl is not None:
             check_ttl(ttl)
-        options = (ttl, check_tags(tags), check_stale_ttl(stale_ttl))
+        checked, stale_life = check_tags(tags), check_stale_ttl(stale_ttl)
+        renewed: T = self.renew(key, Plan(lambda: Loaded(loader(), ttl, checked, stale_life))).value
+        return renewed
+
+    def renew(self, key: str, plan: Plan) -> Answer:
+        """Do as :meth:`refresh`, by *plan*.
+
+        Where it ``is_shared``, others who miss meanwhile wait for this load; it itself waits for nobody, for what
+        another one loads now may be older than this call.
+
+        Raises:
+            CallInProgressError: The plan's ``contention`` is "raise", and another one loads.
+            Exception: As :meth:`get_or_set`.
+        """
+        parts = self._parts or self._start()
+        key = check_key(key)
         with parts.tier.tickets((key,)) as tickets:
             before = self._observe(parts, tickets[0])
-            value = self._load(parts, loader)
-            # Whether it gets stored or something newer is there: no older copy may answer after this.
-            parts.tier.drop(key, before.token)
-            draft = self._draft(parts, before, value, options)
-            if draft is None:
-                return value
-            if parts.remote is None:
-                self._swap_local(parts, draft)
-            else:
-                self._fill(parts, [draft])
-        return value
+            lease = self._take_lease(parts, before, plan)
+            if lease is None:
+                return self._renew(parts, before, plan)
+            with lease:
+                before.lease = lease.fence
+                answer = self._renew(parts, before, plan)
+                lease.word = lease.word if answer.is_kept else ALONE
+                return answer
+
+    def _take_lease(self, parts: Parts, before: _Found, plan: Plan) -> Lease | None:
+        if parts.leases is None or not plan.is_shared or before.is_unanswered:
+            return None
+        key = before.ticket.key
+        try:
+            grant = parts.leases.ask(key, seen=None, is_waiting=False)
+        except RemoteStoreError as exc:
+            self._failed(parts, exc)
+            return None
+        if grant.is_mine:
+            return parts.leases.hold(key, grant)
+        if plan.contention == "raise":
+            raise CallInProgressError(key, grant.owner, grant.remaining)
+        return None
+
+    def _renew(self, parts: Parts, before: _Found, plan: Plan) -> Answer:
+        loaded = self._load(parts, plan.load)
+        # Whether it gets stored or something newer is there: no older copy may answer after this.
+        parts.tier.drop(before.ticket.key, before.token)
+        draft = self._draft(parts, before, loaded)
+        if draft is not None and parts.remote is None:
+            self._swap_local(parts, draft)
+        elif draft is not None:
+            self._fill(parts, [draft])
+        is_degraded = before.is_unanswered
+        return Answer(loaded.value, "miss", is_loaded=True, is_degraded=is_degraded, is_kept=draft is not None)
 
     def _observe(self, parts: Parts, ticket: Ticket) -> _Found:
         """Note what the key is before a loader runs, taking no copy."""
@@ -1062,9 +1360,48 @@ class CacheManager:
         if parts.tier.barrier(stamp) and parts.backplane is not None:
             parts.backplane.ask_soon()
 
-    def count_bypass(self) -> None:
-        """Count a call that could not be cached, for :class:`~celery_mlcache.fleet.task.CachedTask`."""
-        (self._parts or self._start()).stats.uncacheable_calls += 1
+    def count(self, name: str, number: float = 1) -> None:
+        """Add to one of the counters, for cached tasks."""
+        stats = (self._parts or self._start()).stats
+        setattr(stats, name, getattr(stats, name) + number)
+
+    def mark(self, name: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
+        """Set a mark that everybody sees, for so many seconds; return whether it was set.
+
+        Args:
+            name: What is marked.
+            seconds: How long, unless it is taken away before.
+            owner: Whose it is.
+            is_new: Only if there is none; else in the place of what is there.
+
+        Raises:
+            RemoteStoreError: Only with ``strict``; else, and without L2, it is False.
+        """
+        parts = self._parts or self._start()
+        if parts.remote is None:
+            return False
+        try:
+            return parts.remote.mark(name, seconds, owner=owner, is_new=is_new)
+        except RemoteStoreError as exc:
+            self._failed(parts, exc)
+            return False
+
+    def marked_within(self, name: str, seconds: float) -> tuple[str, bool]:
+        """Return whose mark is set ("": there is none), and whether that was said in so many seconds; never raises."""
+        parts = self._parts or self._start()
+        if parts.remote is None:
+            return "", True
+        try:
+            return parts.remote.marked(name, within=seconds), True
+        except RemoteStoreError:
+            return "", False
+
+    def unmark(self, name: str, *, owner: str = "") -> None:
+        """Take a mark away, if it is *owner*'s, where one is given. Never raises for Redis."""
+        parts = self._parts or self._start()
+        if parts.remote is not None:
+            with suppress(RemoteStoreError):
+                parts.remote.unmark(name, owner=owner)
 
     def ping(self) -> float | None:
         """Return L2's round-trip time in seconds; None where L2 is off or does not answer."""
@@ -1145,11 +1482,14 @@ class CacheManager:
                 parts.tier.met(ticket, snapshot.stamp)
             return snapshot
 
-    def _fetch(self, parts: Parts, remote: RemoteStore, tickets: Sequence[Ticket]) -> list[_Found]:
+    def _fetch(
+        self, parts: Parts, remote: RemoteStore, tickets: Sequence[Ticket], *, within: float | None = None
+    ) -> list[_Found]:
         """Read L2 in one round trip, and keep copies of what the tickets still admit."""
         sent_at = self._clock()
         try:
-            snapshots = remote.read([ticket.key for ticket in tickets], seen=parts.tier.highest_stamp())
+            keys = [ticket.key for ticket in tickets]
+            snapshots = remote.read(keys, seen=parts.tier.highest_stamp(), within=within)
         except RemoteStoreError as exc:
             self._failed(parts, exc)
             return [_Found(ticket, sent_at, is_unanswered=True) for ticket in tickets]
@@ -1235,6 +1575,16 @@ def _distinct(keys: Iterable[str]) -> dict[str, None]:
         return dict.fromkeys(given)
     except TypeError:
         return dict.fromkeys(check_key(key) for key in given)  # names the unhashable one
+
+
+def _check_size(tail: bytes, loaded: Loaded) -> None:
+    if loaded.max_size is not None and len(tail) > loaded.max_size:
+        why = f"takes {len(tail)} bytes, max_size is {loaded.max_size}"
+        raise SerializationError("value", type(loaded.value).__name__, why)
+
+
+def _any_error(_error: Exception) -> bool:
+    return True
 
 
 def _is_current(tags: tuple[str, ...], flight: Flight) -> bool:

@@ -94,7 +94,7 @@ class SingleFlight:
     """
 
     def __init__(self, *, max_wait: float, clock: Callable[[], float]) -> None:
-        self._max_wait = max_wait
+        self.max_wait = max_wait
         self._clock = clock
         self._table: dict[str, Flight] = {}
         self._lock = threading.RLock()  # a signal handler or finalizer that runs under it may use the cache
@@ -103,7 +103,9 @@ class SingleFlight:
         """Return how many flights are under way."""
         return len(self._table)
 
-    def board(self, key: str, is_current: Callable[[Flight], bool]) -> tuple[Flight, bool]:
+    def board(
+        self, key: str, is_current: Callable[[Flight], bool], give_up: float | None = None
+    ) -> tuple[Flight, bool]:
         """Return a landed flight and False, or True and one that the caller leads; waits in between.
 
         ::
@@ -118,14 +120,20 @@ class SingleFlight:
         Args:
             key: What is loaded.
             is_current: As for :meth:`join`.
+            give_up: When to wait no longer, by the clock; None for ``max_wait`` seconds from now.
         """
-        give_up = self._clock() + self._max_wait
+        if give_up is None:
+            give_up = self._clock() + self.max_wait
         while True:
             flight, is_leader = self.join(key, is_current)
             if is_leader or flight.wait(give_up - self._clock()):
                 return flight, is_leader
             if self._clock() >= give_up:
-                return Flight(self, key, give_up), True
+                return self.alone(key), True
+
+    def alone(self, key: str) -> Flight:
+        """Return a flight that nobody joins, for a leader that waits for nobody."""
+        return Flight(self, key, self._clock())
 
     def join(self, key: str, is_current: Callable[[Flight], bool]) -> tuple[Flight, bool]:
         """Return ``(flight, is_leader)`` without waiting; the leader must enter the flight at once.
@@ -140,7 +148,7 @@ class SingleFlight:
             flight = self._table.setdefault(key, mine)
             if flight is mine:
                 return mine, True
-            if mine.began - flight.began < self._max_wait:
+            if mine.began - flight.began < self.max_wait:
                 if flight.owner == mine.owner:
                     return mine, True  # private: it is not in the table
                 if is_current(flight):

@@ -21,10 +21,11 @@ from celery.app import base as app_base
 from celery_mlcache.config import CacheConfig, ConfigurationWarning, load_config, sources_from_celery
 from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.factory import assemble
-from celery_mlcache.fleet import causal, lifecycle
+from celery_mlcache.fleet import causal, lifecycle, lineage
 from celery_mlcache.manager import CacheManager, Parts
 
 PREFIX: Final = "mlcache_"
+TASKS: Final = "mlcache_tasks"  # options by task name, "*" for all
 URL_SETTINGS: Final = ("mlcache_redis_url", "mlcache_backend_url")
 MASK: Final = "********"
 _ATTRIBUTE: Final = "_mlcache_fleet"
@@ -178,6 +179,7 @@ def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *
             fleet.hide_passwords()
         lifecycle.connect(find_fleet, all_fleets)
         causal.connect()
+        lineage.connect()
         causal.carry_results(app)
     elif (config is not None or overrides) and (config, dict(overrides)) != (fleet.given, fleet.overrides):
         if fleet.cache.is_running:
@@ -204,7 +206,8 @@ def _own_settings(conf: Any) -> dict[str, str]:
     """Return the ``mlcache_*`` names in *conf* by their spelling there: Django's carry ``CELERY_`` before them."""
     namespace = getattr(conf, "prefix", None) or ""
     names = {raw: raw.removeprefix(namespace) for raw in list(conf) if isinstance(raw, str)}
-    return {raw: name for raw, name in names.items() if name.lower().startswith(PREFIX)}
+    # The tasks' options are no settings of the cache.
+    return {raw: name for raw, name in names.items() if name.lower().startswith(PREFIX) and name.lower() != TASKS}
 
 
 def hide_passwords(conf: Any, hidden: dict[str, str]) -> None:

@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 CHILD_BUDGET: Final = 0.05  # seconds: SIGKILL follows a hard time limit after 0.1
 MAIN_BUDGET: Final = 0.5
 
+_NOTHING: Final = lambda: None  # noqa: E731 - for tasks that are not cached
+
 log = logging.getLogger("celery_mlcache")
 _find: Callable[[Any], Fleet | None] = lambda _app: None  # noqa: E731 - until the first app is set up
 _everyone: Callable[[], list[Fleet]] = list
 _confined_pid: int | None = None
+_beat_pid: int | None = None
 
 
 def confine_process() -> None:
@@ -62,6 +65,8 @@ def connect(find: Callable[[Any], Fleet | None], everyone: Callable[[], list[Fle
         (signals.worker_ready, on_worker_ready),
         (signals.worker_process_shutdown, on_process_shutdown),
         (signals.worker_shutdown, on_worker_shutdown),
+        (signals.beat_init, on_beat),
+        (signals.beat_embedded_init, on_beat),
     ):
         signal.connect(handler, weak=False, dispatch_uid=f"mlcache.{handler.__name__}")
 
@@ -79,11 +84,24 @@ def on_worker_init(sender: Any, **_: Any) -> None:
 
     try:
         config = fleet.config
+        for task in sender.app.tasks.values():
+            getattr(task, "mlcache_check", _NOTHING)()
     except ConfigurationError as exc:
         # Only BaseException passes through a signal. A worker with a cache that cannot work must not look healthy.
         msg = f"celery_mlcache: {exc}"
         raise SystemExit(msg) from None
     log.debug("cache ready to start", extra={"namespace": config.cache_namespace})
+
+
+def on_beat(**_: Any) -> None:
+    """Beat, by itself or beside a worker: what it sends must be executed."""
+    global _beat_pid  # noqa: PLW0603 - it is a process's whole life
+    _beat_pid = os.getpid()
+
+
+def is_beat() -> bool:
+    """Return whether this process runs beat."""
+    return _beat_pid == os.getpid()
 
 
 def on_process_init(**_: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import redis
 from celery import Celery, signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
+from celery.result import allow_join_result
 
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
@@ -207,3 +208,58 @@ def flaky(mood: str) -> str:
     if runs < 3:
         raise OopsError(mood)
     return f"run {runs}"
+
+
+def _hold(x: str, seconds: float, seconds_again: float) -> int:
+    """Say who computes this, take its time, and return which execution this was."""
+    started = count(f"start:{x}")
+    with control() as client:
+        client.rpush(f"holders:{x}", os.getpid())  # from here on it may be killed
+    time.sleep(seconds if started == 1 else seconds_again)
+    count(f"end:{x}")
+    return started
+
+
+@cached_task(app=app, shared=False, ttl=600)
+def hold(x: str, seconds: float, seconds_again: float = 0.0) -> int:
+    """Take its time, and remember the result."""
+    return _hold(x, seconds, seconds_again)
+
+
+@cached_task(app=app, shared=False, ttl=lambda _: 0.7)
+def brief(x: str, seconds: float) -> int:
+    """Take its time, for a result that soon is gone."""
+    return _hold(x, seconds, 0.0)
+
+
+@cached_task(app=app, shared=False, on_contention="retry")
+def patient(x: str, seconds: float) -> int:
+    """Come back later, and hold no process meanwhile, while another one computes this."""
+    started = count(f"start:{x}")
+    time.sleep(seconds)
+    return started
+
+
+@cached_task(app=app, shared=False, on_contention="raise")
+def hasty(x: str, seconds: float) -> int:
+    """Fail while another one computes this."""
+    started = count(f"start:{x}")
+    wait_until(lambda: runs(f"go:{x}"), seconds, f"go:{x}")
+    return started
+
+
+@cached_task(app=app, shared=False)
+def outer(x: str, depth: int) -> int:
+    """Compute with the help of other tasks, which ask for this very call again."""
+    count(f"outer:{x}:{depth}")
+    if runs(f"outer:{x}:{depth}") > 1:
+        return -1
+    with allow_join_result():
+        return between.delay(x, depth).get(timeout=20) + 1
+
+
+@app.task(shared=False)
+def between(x: str, depth: int) -> int:
+    """Know nothing of caches, and pass it on."""
+    with allow_join_result():
+        return outer.delay(x, depth).get(timeout=20)

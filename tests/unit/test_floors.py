@@ -18,14 +18,18 @@ FLOORS = {
     "errors": 0, "entry": 1, "floors": 1,
     "wire": 2.0, "keys": 2.1, "calls": 2.15, "location": 2.1, "typed": 2.1, "config": 2.2, "protocols": 2.2,
     "codec": 3, "local": 3, "remote": 3, "backplane": 3, "route": 3, "coherence": 3, "singleflight": 3, "breaker": 3,
-    "stats": 3,
+    "leases": 3, "stats": 3,
     "tier": 4.0, "manager": 4.1, "factory": 5, "fleet": 6, ROOF: 7,
 }  # fmt: skip
 _HOMES_BY_NAMES = {
     ("redis", "hiredis"): {"remote", "backplane", "route", "factory"},
     ("moka_py", "cacheout"): {"local"},
     ("celery", "kombu", "click", "billiard"): {"fleet"},
-    ("threading.Thread", "threading.Timer", "_thread", "concurrent", "multiprocessing"): {"backplane", "local"},
+    ("threading.Thread", "threading.Timer", "_thread", "concurrent", "multiprocessing"): {
+        "backplane",
+        "leases",
+        "local",
+    },
 }
 HOMES = {name: homes for names, homes in _HOMES_BY_NAMES.items() for name in names}
 CLOCKS = {f"time.{name}{ns}" for name in ("time", "monotonic", "perf_counter") for ns in ("", "_ns")} | {"time.sleep"}
@@ -185,7 +189,7 @@ def test_core_imports_no_celery():
     code = """
         import sys, celery_mlcache
         assert "redis" not in sys.modules
-        fleet = {"CachedTask", "cached_task", "setup_cache"}
+        fleet = {"CachedTask", "cached_task", "setup_cache", "cache_error", "cache_hit", "cache_miss", "cache_stale"}
         for name in set(celery_mlcache.__all__) - fleet:
             getattr(celery_mlcache, name)
         celery_mlcache.create_cache_manager(l2_enabled=False).close()

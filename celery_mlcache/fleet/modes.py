@@ -1,0 +1,86 @@
+"""What one call wants of the cache, and how that travels: ``apply_async(..., mlcache="refresh")``.
+
+A mode is a header of the message, for unknown options of a call are lost on the way. It survives retries and stands in
+signatures, so canvas carries it. Where headers do not get (the later links of a chain), a stamp of the same name does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Final, Literal, get_args
+
+Mode = Literal["use", "refresh", "bypass", "only", "stale-ok"]
+
+MODES: Final[tuple[str, ...]] = get_args(Mode)
+HEADER: Final = "mlcache_mode"
+SINCE: Final = "mlcache_since"  # of a task that refreshes: when what it should replace was made
+CALL: Final = "mlcache_call"  # of a call that others may share: (key, fence) of its mark
+LEVEL: Final = "mlcache"  # of a request: where its result was found, so far as it is known
+HELD: Final = "mlcache_held"  # fences of the leases that the sender acts under
+
+
+def check_mode(mode: object) -> str:
+    """Return *mode* if it is one; raises ValueError if not."""
+    if mode in MODES:
+        return str(mode)
+    msg = f"mlcache must be one of {', '.join(MODES)}, not {mode!r:.80}"
+    raise ValueError(msg)
+
+
+def mode_of(task: Any) -> str:
+    """Return the mode of the call that *task* executes: its message's, or that of the block around it, or "use"."""
+    request = task.request
+    given = None
+    if not is_nested(request):
+        given = header_of(request, HEADER)
+        stamps = getattr(request, "stamps", None)
+        if given is None and isinstance(stamps, dict):
+            given = stamps.get(HEADER)
+            given = given[0] if isinstance(given, list | tuple) and given else given
+    if given is None:
+        given = ambient_mode(task)
+    return given if given in MODES else "use"  # of a later release, perhaps: nothing that this one could do
+
+
+def is_nested(request: Any) -> bool:
+    """Return whether this is a direct call out of the same task's body: Celery gives it a copy of the request."""
+    return LEVEL in request.__dict__
+
+
+def ambient_mode(task: Any) -> str | None:
+    """Return the mode of the block around this call, if there is one."""
+    return _AMBIENT.get().get(task.name)
+
+
+@contextmanager
+def using(task: Any, mode: str) -> Iterator[None]:
+    """Give every call of *task* in this block, in this thread or greenlet, the mode; not those inside of them."""
+    token = _AMBIENT.set({**_AMBIENT.get(), task.name: check_mode(mode)})
+    try:
+        yield
+    finally:
+        _AMBIENT.reset(token)
+
+
+def run_apart(task: Any, run: Callable[[], Any]) -> Any:
+    """Call *run*, a body of *task*, without the mode of the block around it: that is not for calls inside of it."""
+    around = _AMBIENT.get()
+    if task.name not in around:
+        return run()
+    token = _AMBIENT.set({name: mode for name, mode in around.items() if name != task.name})
+    try:
+        return run()
+    finally:
+        _AMBIENT.reset(token)
+
+
+def header_of(request: Any, name: str) -> Any:
+    """Return a header of the message that a request stands for, or None; a direct call has none."""
+    headers = request.headers
+    found = headers.get(name) if isinstance(headers, dict) else None
+    return getattr(request, name, None) if found is None else found
+
+
+_AMBIENT: ContextVar[dict[str, str]] = ContextVar("mlcache_modes", default={})  # noqa: B039 - never changed, replaced

@@ -1,0 +1,462 @@
+"""How one call of a cached task is answered: the look-up that stands before its function.
+
+::
+
+    answer(call) ── bypass, or no key ──▶ the function
+        ├── "only" ──▶ the cached result, or NotCachedError
+        ├── "refresh" ──▶ the function, and its result over what is cached
+        └── "use", "stale-ok" ── manager.resolve ──▶ l1 · l2 · stale (and a task that refreshes) · the function
+
+What may live here: what a call's mode and the task's options mean. In which order levels are asked, and who loads in
+the fleet, is the manager's. User errors pass through untouched, and so does what tells the worker what to do (Retry,
+Ignore, Reject, SoftTimeLimitExceeded, SystemExit); only what ``negative`` or ``stale_if_error`` name is ever caught.
+
+Early refresh is XFetch: A. Vattani, F. Chierichetti, K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention",
+VLDB 2015. Times of day are the clocks of workers, so a skew between them moves early refreshes, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from math import log as ln
+from typing import TYPE_CHECKING, Any, Final
+
+from celery.exceptions import Retry
+
+from celery_mlcache.calls import CallKeys
+from celery_mlcache.entry import MISS
+from celery_mlcache.errors import (
+    CacheClosedError,
+    CacheKeyError,
+    CallInProgressError,
+    NotCachedError,
+    SerializationError,
+    is_interrupt,
+)
+from celery_mlcache.fleet import modes, signals
+from celery_mlcache.fleet.app import fleet_of
+from celery_mlcache.fleet.lineage import ancestry
+from celery_mlcache.fleet.options import INTERRUPTS, Options, seconds
+from celery_mlcache.fleet.record import Record, pack_error, unpack, unpack_error
+from celery_mlcache.keys import check_tags
+from celery_mlcache.manager import MAX_TTL, Answer, CacheManager, Loaded, Plan, check_ttl
+
+if TYPE_CHECKING:
+    from celery_mlcache.fleet.task import CachedTask
+
+MARK_LIFE: Final = 60.0  # seconds after which a refresh that was sent, and has not been heard of since, is sent again
+RETRY_AT_LEAST: Final = 0.05  # seconds, for a retry in place of waiting
+HOST: Final = socket.gethostname()
+
+log = logging.getLogger("celery_mlcache")
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call on its way."""
+
+    run: Callable[[], Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    bound: Mapping[str, Any]
+    key: str
+    tags: tuple[str, ...]  # as far as the arguments tell
+    since: Any = None  # of a message that refreshes: when what it should replace was made
+    record: Record | None = None  # what its own function has made
+    error: Exception | None = None  # what it has raised, if that is cached
+    result: Any = None
+    took: float = 0.0  # seconds
+
+
+class Serving:
+    """Answers the calls of one task. Thread- and fork-safe, as the manager is."""
+
+    def __init__(self, task: CachedTask, options: Options, keys: CallKeys) -> None:
+        self.task = task
+        self.options = options
+        self.keys = keys
+        self.own_tag = f"task:{task.name}"  # of every result: what invalidate_all() needs
+        self._has_warned: set[str] = set()
+        self._paused_until = 0.0
+
+    @cached_property
+    def manager(self) -> CacheManager:
+        """The app's cache manager."""
+        return fleet_of(self.task.app).cache
+
+    @property
+    def is_paused(self) -> bool:
+        """Return whether producers are not to ask L2 just now, for it has been too slow for them."""
+        return time.monotonic() < self._paused_until
+
+    def pause(self, seconds: float) -> None:
+        """Let producers not ask L2 for so long."""
+        self._paused_until = time.monotonic() + seconds
+
+    # ---- one call -------------------------------------------------------------------------------------------
+
+    def answer(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the cached result of a call, or run it and cache what it returns."""
+        request = self.task.request
+        is_message = self._is_message(request)
+        mode = modes.mode_of(self.task)
+        if mode == "bypass":
+            return self._run_uncached(run, args, kwargs, "bypass")
+        try:
+            bound = type(self.task)._mlcache_shape.bind(args, kwargs)  # noqa: SLF001 - our own class
+        except TypeError:
+            return run(*args, **kwargs)  # what does not fit raises there, from the function itself
+        try:
+            call = Call(lambda: run(*args, **kwargs), args, kwargs, bound, self.keys.name(bound), self.tags_of(bound))
+        except (SerializationError, CacheKeyError) as exc:
+            self._note_uncacheable(exc)
+            if mode == "only":
+                raise NotCachedError(self.task.name, "", f"the call has no key: {exc}") from exc
+            return self._run_uncached(run, args, kwargs, "uncacheable")
+        if not modes.is_nested(request):  # asked before the level is noted, by which nested calls are known
+            call.since = modes.header_of(request, modes.SINCE)
+        request.__dict__[modes.LEVEL] = mode if mode == "refresh" else "miss"  # what the body sees, if it runs
+        if is_message and self.options.coalesce:
+            return self._answer_shared(call, request, mode)
+        return self._answer(call, request, mode, is_message=is_message)
+
+    def _answer(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
+        if mode == "only":
+            return self._answer_only(call)
+        if mode == "refresh":
+            return self._answer_refresh(call, request)
+        return self._answer_use(call, request, mode, is_message=is_message)
+
+    def _answer_shared(self, call: Call, request: Any, mode: str) -> Any:
+        """Answer a message that others may have been told to wait for: see producer.py."""
+        is_over = True
+        try:
+            return self._answer(call, request, mode, is_message=True)
+        except Retry:
+            is_over = False
+            raise
+        finally:
+            name = modes.header_of(request, modes.CALL)
+            if is_over and isinstance(name, str):
+                self._unmark(name, owner=request.id)
+
+    def _answer_use(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
+        try:
+            answer = self.manager.resolve(call.key, self._plan(call, mode, is_message=is_message))
+        except CallInProgressError as exc:
+            if self.options.on_contention != "retry" or exc.key != call.key:
+                raise  # in the latter case it is of a call inside of this one
+            self._retry(request, exc)  # raises Retry, if the broker takes the message
+            answer = self.manager.renew(call.key, self._plan(call, "refresh"))
+        if answer.is_loaded:
+            return self._finish_loaded(call, answer, request)
+        record = unpack(answer.value)
+        error = self._error_of(record)
+        is_own = answer.level == "miss"  # it ran here, and another one's result, which was first, won
+        is_unusable = record is None or (record.is_error and (error is None or request.retries or is_own))
+        if is_unusable and is_own:
+            return self._finish_loaded(call, answer, request)  # not that error, and not a second run
+        if record is None or is_unusable:
+            # Foreign bytes, or an exception that this process does not know, or that a retry is to overcome.
+            answer = self.manager.renew(call.key, self._plan(call, "refresh"))
+            return self._finish_loaded(call, answer, request)
+        return self._finish_found(call, answer, record, error)
+
+    def _error_of(self, record: Record | None) -> Exception | None:
+        return unpack_error(record.value, self.options.negative) if record is not None and record.is_error else None
+
+    def _finish_found(self, call: Call, answer: Answer, record: Record, error: Exception | None) -> Any:
+        level = answer.level
+        self.task.request.__dict__[modes.LEVEL] = level
+        if level == "stale":
+            self._send(signals.cache_stale, call.key, age=time.time() - record.made_at, error=answer.error)
+            if answer.error is None:
+                self.refresh_soon(call.key, call.args, call.kwargs, record)
+        elif level == "miss":  # it ran here, and somebody else's result was first
+            self._send(signals.cache_miss, call.key, seconds=record.seconds, is_cached=True)
+        else:
+            self.note_hit(call.key, level, record)
+            if self.options.early and self.is_early(record):
+                self.refresh_soon(call.key, call.args, call.kwargs, record)
+        if error is not None:
+            self._count("negative_hits")
+            raise error
+        return record.value
+
+    def note_hit(self, key: str, level: str, record: Record) -> None:
+        """Count and tell that a call was answered out of the cache."""
+        self._count("seconds_saved", record.seconds)
+        self._send(signals.cache_hit, key, level=level, seconds_saved=record.seconds)
+
+    def _finish_loaded(self, call: Call, answer: Answer, request: Any) -> Any:
+        if answer.is_degraded:
+            self._send(signals.cache_error, call.key, what="l2", error=None)
+        elif call.record is not None and not answer.is_kept and self._is_on:
+            self._send(signals.cache_error, call.key, what="value", error=None)
+        is_cached = answer.is_kept and not answer.is_degraded
+        self._send(signals.cache_miss, call.key, seconds=call.took, is_cached=is_cached)
+        request.__dict__[modes.LEVEL] = "refresh" if request.__dict__.get(modes.LEVEL) == "refresh" else "miss"
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+    def _answer_only(self, call: Call) -> Any:
+        record = unpack(self.manager.get(call.key, MISS))
+        error = self._error_of(record)
+        if record is None or (record.is_error and error is None):
+            raise NotCachedError(self.task.name, call.key, "its result is not cached, and was wanted from there only")
+        return self._finish_found(call, Answer(None, "l2"), record, error)
+
+    def _answer_refresh(self, call: Call, request: Any) -> Any:
+        if call.since is None:
+            return self._finish_loaded(call, self.manager.renew(call.key, self._plan(call, "refresh")), request)
+        return self._answer_background(call, request, call.since)
+
+    def _answer_background(self, call: Call, request: Any, since: Any) -> Any:
+        """Do what a reader of a stale result has asked for, unless somebody else did it or is about to."""
+        record = unpack(self.manager.get(call.key, MISS))
+        is_done = record is not None and isinstance(since, int | float) and record.made_at > since
+        answer = None
+        try:
+            if not is_done:
+                plan = self._plan(call, "refresh", contention="raise")
+                with suppress(CallInProgressError):
+                    answer = self.manager.renew(call.key, plan)
+        finally:
+            self._unmark(self._mark_name(call.key))
+        if answer is None:
+            self._count("refreshes_skipped")
+            return None if record is None or record.is_error else record.value
+        return self._finish_loaded(call, answer, request)
+
+    # ---- loading --------------------------------------------------------------------------------------------
+
+    def _plan(self, call: Call, mode: str, *, is_message: bool = False, contention: Any = None) -> Plan:
+        options = self.options
+        if contention is None:
+            contention = "wait" if mode == "refresh" else options.on_contention
+            if contention == "retry" and not is_message:
+                contention = "wait"  # nobody else could take it up again
+        return Plan(
+            lambda: self._load(call),
+            tags=call.tags,
+            wants_stale=self.takes_stale(mode),
+            forgives=options.forgives if options.stale_ttl else None,
+            is_shared=True,
+            contention=contention,
+            max_wait=options.max_wait,
+            ancestry=ancestry,
+        )
+
+    def takes_stale(self, mode: str) -> bool:
+        """Return whether a call is answered with what is stale although nobody computes it."""
+        options = self.options
+        return options.stale_ttl > 0 and mode != "refresh" and (options.on_contention != "stale" or mode == "stale-ok")
+
+    def _load(self, call: Call) -> Loaded:
+        """Run the function; what it raises passes, or is what is stored."""
+        options = self.options
+        began = time.monotonic()
+        try:
+            call.result = modes.run_apart(self.task, call.run)
+        except Exception as exc:
+            life = options.negative_life(exc)
+            packed = None if life is None else pack_error(exc)
+            if life is None or packed is None:
+                raise
+            call.error, call.took = exc, time.monotonic() - began
+            call.record = self._record(packed, call.took, life, is_error=True)
+            return Loaded(call.record.pack(), call.record.life, call.tags, is_jittered=False)
+        call.took = time.monotonic() - began
+        try:
+            kept = self.keep(call.result, call.took, call.bound, call.tags)
+        except Exception as exc:
+            if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
+                raise
+            self._note_hook(call.key, exc)
+            kept = None
+        if kept is None:
+            return Loaded(call.result, is_kept=False)
+        call.record, loaded = kept
+        return loaded
+
+    def keep(
+        self, result: Any, took: float, bound: Mapping[str, Any], tags: tuple[str, ...]
+    ) -> tuple[Record, Loaded] | None:
+        """Return how a result is to be stored, or None where the options say not to; raises what they raise."""
+        options = self.options
+        life = self._life(result)
+        if life <= 0 or (result is None and not options.cache_none):
+            return None
+        if options.cache_if is not None and not options.cache_if(result):
+            return None
+        if callable(options.tags):
+            tags = check_tags((*tags, *check_tags(options.tags(dict(bound), result))))
+        record = self._record(result, took, life)
+        loaded = Loaded(
+            record.pack(), record.life, tags, options.stale_ttl, is_jittered=False, max_size=options.max_size
+        )
+        return record, loaded
+
+    def _record(self, value: Any, took: float, life: float, *, is_error: bool = False) -> Record:
+        jitter = self._config.ttl_jitter if self.options.jitter is None else self.options.jitter
+        life = min(life * (1 - jitter * random.random()), MAX_TTL)  # noqa: S311 - spreads load
+        request = self.task.request
+        maker = f"{request.id or 'a direct call'}@{request.hostname or HOST}"
+        return Record(value, took, time.time(), life, maker, is_error)
+
+    @property
+    def _config(self) -> Any:
+        return fleet_of(self.task.app).config
+
+    @property
+    def _is_on(self) -> bool:
+        config = self._config
+        return bool(config.cache_enabled and (config.l1_enabled or config.l2_enabled))
+
+    def _life(self, result: Any) -> float:
+        """Return the seconds that a result is to live; 0 or less: not at all."""
+        ttl: Any = self.options.ttl
+        if callable(ttl):
+            ttl = seconds(ttl(result))
+            if isinstance(ttl, int | float) and not isinstance(ttl, bool) and ttl <= 0:
+                return 0.0
+            if ttl is not None:
+                check_ttl(ttl)
+        return float(self._config.l2_ttl if ttl is None else ttl)
+
+    def tags_of(self, bound: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the tags that the arguments tell; raises CacheKeyError where one cannot be a tag."""
+        templates = self.options.tags
+        if not templates or callable(templates):
+            return (self.own_tag,)
+        # As in the key: on its way through the broker an enum becomes its value.
+        wire = {name: value.value if isinstance(value, Enum) else value for name, value in bound.items()}
+        try:
+            return check_tags((self.own_tag, *[template.format_map(wire) for template in templates]))
+        except CacheKeyError:
+            raise
+        except Exception as exc:  # whatever a user's __format__ raises
+            raise CacheKeyError(", ".join(templates), f"cannot be made from these arguments: {exc!r}", "tag") from exc
+
+    def _run_uncached(
+        self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], level: str
+    ) -> Any:
+        self.task.request.__dict__[modes.LEVEL] = level
+        if level == "bypass":
+            self._count("bypassed_calls")
+        return modes.run_apart(self.task, lambda: run(*args, **kwargs))
+
+    # ---- contention -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _is_message(request: Any) -> bool:
+        """Return whether a worker executes a message, and not something further inside of it."""
+        return bool(request.id) and not (request.called_directly or request.is_eager or modes.is_nested(request))
+
+    def _retry(self, request: Any, why: CallInProgressError) -> None:
+        """Send the message again, for later, and end this execution. The user's own retries are not touched."""
+        countdown = max(why.remaining, RETRY_AT_LEAST) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
+        again = self.task.signature_from_request(request, countdown=countdown, retries=request.retries)
+        try:
+            self.task.mlcache_publish(again.args, again.kwargs, **again.options)
+        except Exception as exc:
+            if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
+                raise
+            self._warn_once("a call could not be sent again, and is computed", exc)
+            return
+        when: Any = countdown
+        raise Retry(exc=why, when=when, sig=again)
+
+    # ---- refreshing -----------------------------------------------------------------------------------------
+
+    def refresh_soon(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record) -> None:
+        """See to it that one task, in the whole fleet, computes a call anew; never raises for the broker."""
+        is_first = False
+        with suppress(CacheClosedError):
+            is_first = self.manager.mark(self._mark_name(key), MARK_LIFE)
+        if not is_first:
+            return
+        try:
+            self.send_refresh(args, kwargs, since=record.made_at)
+        except Exception as exc:
+            self._unmark(self._mark_name(key))
+            if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
+                raise
+            self._count("refreshes_failed")
+            self._warn_once("a refresh could not be sent", exc)
+            self._send(signals.cache_error, key, what="refresh", error=exc)
+        else:
+            self._count("refreshes_sent")
+
+    def send_refresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, since: float | None = None) -> Any:
+        """Send the task that refreshes a call, and return its AsyncResult."""
+        options: dict[str, Any] = {"headers": {modes.HEADER: "refresh"}}
+        if since is not None:  # nobody waits for it, and a dead broker must not hold up who was just answered
+            options["headers"][modes.SINCE] = since
+            options |= {"ignore_result": True, "retry": False, "add_to_parent": False}
+        if self.options.refresh_queue is not None:
+            options["queue"] = self.options.refresh_queue
+        priority = self._refresh_priority if self.options.refresh_priority is None else self.options.refresh_priority
+        if priority is not None:
+            options["priority"] = priority
+        return self.task.mlcache_publish(tuple(args), dict(kwargs), **options)
+
+    @cached_property
+    def _refresh_priority(self) -> int | None:
+        """The lowest priority, which is 0 for RabbitMQ and 9 for Redis."""
+        transport = self.task.app.connection_for_write().transport_cls
+        return {"amqp": 0, "amqps": 0, "pyamqp": 0, "librabbitmq": 0, "redis": 9, "rediss": 9, "sentinel": 9}.get(
+            str(transport)
+        )
+
+    @staticmethod
+    def _mark_name(key: str) -> str:
+        return f"refresh:{key}"
+
+    def is_early(self, record: Record) -> bool:
+        """Return whether to refresh now, by XFetch: the likelier, the sooner it ends and the longer it takes."""
+        ahead = -record.seconds * self.options.early * ln(1.0 - random.random())  # noqa: S311 - a sample
+        return time.time() + ahead >= record.made_at + record.life
+
+    # ---- what is told ---------------------------------------------------------------------------------------
+
+    def _count(self, name: str, number: float = 1) -> None:
+        with suppress(CacheClosedError):  # since this call has begun: it ends as any other
+            self.manager.count(name, number)
+
+    def _unmark(self, name: str, *, owner: str = "") -> None:
+        with suppress(CacheClosedError):
+            self.manager.unmark(name, owner=owner)
+
+    def _send(self, signal: Any, key: str | None, **what: Any) -> None:
+        if signal.receivers:
+            signal.send(sender=self.task, key=key, **what)
+
+    def _note_uncacheable(self, why: Exception) -> None:
+        self._count("uncacheable_calls")
+        self._warn_once("a call cannot be cached", why)
+        self._send(signals.cache_error, None, what="key", error=why)
+
+    def note_error(self, key: str, what: str, why: Exception) -> None:
+        """Tell that something about the cache went wrong, and the call goes on without."""
+        self._warn_once(f"cache trouble: {what}", why)
+        self._send(signals.cache_error, key, what=what, error=why)
+
+    def _note_hook(self, key: str, why: Exception) -> None:
+        self._count("hook_failures")
+        self._warn_once("an option of a cached task has raised", why)
+        self._send(signals.cache_error, key, what="hook", error=why)
+
+    def _warn_once(self, what: str, why: Exception) -> None:
+        if what not in self._has_warned:
+            self._has_warned.add(what)
+            log.warning(what, extra={"task": self.task.name, "why": str(why)})
