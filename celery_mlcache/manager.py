@@ -98,6 +98,7 @@ class Loaded(NamedTuple):
         is_kept: Whether it is to be stored at all.
         is_jittered: Whether the cache's jitter shortens its life.
         max_size: Bytes that it may take in Redis; None for any.
+        is_optional: Where it cannot be stored, that is no error even if ``strict``.
     """
 
     value: Any
@@ -107,6 +108,7 @@ class Loaded(NamedTuple):
     is_kept: bool = True
     is_jittered: bool = True
     max_size: int | None = None
+    is_optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,8 @@ class Answer(NamedTuple):
         is_loaded: This caller's own loader made it. Where it ran and another's value won, this is that value.
         error: What the loader raised, where a stale value stands in for it.
         is_degraded: L2 did not answer.
-        is_kept: What was loaded could be stored, as far as this process knows.
+        is_kept: What was loaded could be stored, and was not told not to be.
+        is_stored: It was; else something has happened to the key meanwhile, or L2 did not take it.
     """
 
     value: Any
@@ -152,6 +155,7 @@ class Answer(NamedTuple):
     error: Exception | None = None
     is_degraded: bool = False
     is_kept: bool = True
+    is_stored: bool = False
 
 
 class Inspection(NamedTuple):
@@ -186,6 +190,7 @@ class _Found:
     lease: int = 0  # the fence of the lease under which it is loaded
     is_absent: bool = False  # no live value, readable or not
     is_unanswered: bool = False
+    is_stored: bool = False  # what was loaded for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,16 +357,24 @@ class CacheManager:
     def _get_slow(self, key: str, default: Any, *, is_lenient: bool) -> Any:
         parts = self._parts or self._start()
         key = check_key(key)
+        found = self._find_slow(parts, key)
+        if found is not None:
+            return found.value
+        stale = self._find_stale(parts, key) if is_lenient else None
+        return default if stale is None else stale.read()
+
+    def _find_slow(self, parts: Parts, key: str) -> Answer | None:
         value = parts.tier.look(key)
-        if value is MISS and parts.remote is not None:
+        if value is not MISS:
+            return Answer(value, "l1")
+        if parts.remote is not None:
             with parts.tier.tickets((key,)) as tickets:
                 value = self._fetch(parts, parts.remote, tickets)[0].value
                 parts.stats.l2_hits += value is not MISS
         if value is not MISS:
-            return value
+            return Answer(value, "l2")
         parts.stats.misses += 1
-        stale = self._find_stale(parts, key) if is_lenient else None
-        return default if stale is None else stale.read()
+        return None
 
     def exists(self, key: str) -> bool:
         """Return whether *key* has a live value; loads nothing into L1. Raises as :meth:`get`."""
@@ -386,6 +399,21 @@ class CacheManager:
             return None if snapshot is None else snapshot.remaining
         entry = parts.tier.live(key)
         return None if entry is None else entry.deadline - self._clock()
+
+    def front(self, key: str) -> Answer | None:
+        """Return what the front of L1 answers, or None: ask :meth:`find` or :meth:`resolve` then. *key* is a str."""
+        lease = self._coherence.lease_until  # as in get(), and written out for the same reason
+        entry = self._front_get(key)
+        if entry is not None:
+            now = self._clock()
+            if now < lease and now < entry.deadline:
+                self._l1_hits += 1
+                return Answer(entry.value if entry.thaw is None else entry.thaw(entry.value), "l1")
+        return None
+
+    def find(self, key: str) -> Answer | None:
+        """Return what a look-up finds of *key*, and on which level, or None; raises as :meth:`get`."""
+        return self.front(check_key(key)) or self._find_slow(self._parts or self._start(), key)
 
     def get_within(self, key: str, seconds: float) -> tuple[Any, bool]:
         """Return what is found of *key* in so many seconds, or MISS, and whether that was said in time.
@@ -416,9 +444,11 @@ class CacheManager:
         key = check_key(key)
         entry = parts.tier.live(key) if self._clock() < self._coherence.lease_until else None
         if parts.remote is not None:
-            return self._inspect_remote(parts, parts.remote, key, "l2" if entry is None else "l1")
-        if entry is None:
-            return Inspection(why="nothing is in L1, and there is no L2")
+            seen = self._inspect_remote(parts, parts.remote, key, "l2" if entry is None else "l1")
+        else:
+            seen = Inspection(why="nothing is in L1, and there is no L2")
+        if entry is None or (seen.level is not None and parts.remote is not None):
+            return seen
         return Inspection(entry.read(), "l1", entry.deadline - self._clock(), entry.tags)
 
     def _inspect_remote(self, parts: Parts, remote: RemoteStore, key: str, level: Literal["l1", "l2"]) -> Inspection:
@@ -516,29 +546,19 @@ class CacheManager:
             tags=checked,
             forgives=_any_error if stale_ttl else None,
         )
-        loaded: T = self._resolve_slow(key, plan).value
+        loaded: T = self.resolve(key, plan).value
         return loaded
 
     def resolve(self, key: str, plan: Plan) -> Answer:
         """Return the value of *key* and where it was found; where no level has one, go by *plan*.
 
-        What :meth:`get_or_set` does, with all that cached tasks need beside it: stale values that others refresh, one
-        load at a time in the whole fleet, and a say in what happens meanwhile.
+        What :meth:`get_or_set` does behind the front, with all that cached tasks need beside it: stale values that
+        others refresh, one load at a time in the whole fleet, and a say in what happens meanwhile.
 
         Raises:
             CallInProgressError: Another one loads it, and the plan says not to wait.
             Exception: As :meth:`get_or_set`.
         """
-        lease = self._coherence.lease_until  # as in get(), and written out for the same reason
-        entry = self._front_get(key)
-        if entry is not None:
-            now = self._clock()
-            if now < lease and now < entry.deadline:
-                self._l1_hits += 1
-                return Answer(entry.value if entry.thaw is None else entry.thaw(entry.value), "l1")
-        return self._resolve_slow(key, plan)
-
-    def _resolve_slow(self, key: str, plan: Plan) -> Answer:
         parts = self._parts or self._start()
         key = check_key(key)
         value = parts.tier.look(key)
@@ -666,11 +686,11 @@ class CacheManager:
         draft = self._draft(parts, found, loaded)
         if draft is None:
             flight.land(None)
-            return Answer(loaded.value, "miss", is_loaded=True, is_degraded=found.is_unanswered, is_kept=False)
+            return _loaded(loaded, found, is_kept=False)
         winner = self._fill(parts, [draft]).get(found.ticket.key)
         if winner is None:
             flight.land(draft.shelved)
-            return Answer(loaded.value, "miss", is_loaded=True, is_degraded=found.is_unanswered)
+            return _loaded(loaded, found, is_kept=True)
         departure.tags = (*departure.tags, *winner.shelved.tags)
         if parts.tier.is_current(departure, ()):
             flight.land(winner.shelved)  # else it may be dead to who came later, and they ask for themselves
@@ -755,13 +775,12 @@ class CacheManager:
             shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
         except SerializationError as exc:
             parts.stats.unserializable += 1
-            if parts.policy.strict:
+            if parts.policy.strict and not loaded.is_optional:
                 raise
             if parts.stats.unserializable == 1:
                 log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})
             return None
-        life = self._life(parts, loaded.life) if loaded.is_jittered else check_ttl(loaded.life)
-        return _Draft(found, tail, shelved, life, loaded.stale_life)
+        return _Draft(found, tail, shelved, self._life_of(parts, loaded), loaded.stale_life)
 
     def _fill(self, parts: Parts, drafts: Sequence[_Draft]) -> dict[str, _Found]:
         """Store by fenced adds; return the live values that were there already, by key."""
@@ -800,12 +819,15 @@ class CacheManager:
                 stale_ttl=batch[0][0].stale_life,
             )
         except RemoteStoreError as exc:
+            for draft, _ in batch:
+                draft.found.is_unanswered = True
             self._dropped(parts, exc, len(batch))
             return {}
         winners: dict[str, _Found] = {}
         for (draft, fence), outcome in zip(batch, outcomes, strict=True):
             ticket = draft.found.ticket
             if outcome.is_stored:
+                draft.found.is_stored = True
                 parts.stats.fills += 1
                 parts.tier.keep(ticket, fence.token, draft.shelved, (sent_at, draft.life))
             elif outcome.winner is not None:
@@ -826,6 +848,7 @@ class CacheManager:
                 now = self._clock()
                 entry = parts.tier.live(found.ticket.key)
                 if entry is None and parts.tier.admits(found.ticket, found.token, draft.shelved.tags):
+                    found.is_stored = True
                     parts.stats.fills += 1
                     parts.tier.keep(found.ticket, found.token, draft.shelved, (now, draft.life))
                 elif entry is None:
@@ -851,11 +874,13 @@ class CacheManager:
                     stale_ttl=draft.stale_life,
                 )
         except RemoteStoreError as exc:
+            found.is_unanswered = True
             self._dropped(parts, exc)
             return
         if stamp is None:
             parts.stats.fills_refused += 1
         else:
+            found.is_stored = True
             parts.stats.fills += 1
             parts.tier.keep(found.ticket, stamp, draft.shelved, (sent_at, draft.life))
 
@@ -885,6 +910,14 @@ class CacheManager:
         """
         return self._set_many(((key, value),), ttl, tags, stale_ttl)
 
+    def put(self, key: str, loaded: Loaded) -> bool:
+        """Do as :meth:`set`, with all that a loader may say; what is too large is not stored, and not an error."""
+        try:
+            return self._set_many(((key, loaded.value),), loaded.life, loaded.tags, loaded.stale_life, loaded=loaded)
+        except _TooLargeError:
+            self.count("unserializable")
+            return False
+
     def set_many(
         self, mapping: Mapping[str, Any], ttl: float | None = None, *, tags: _Collection = (), stale_ttl: float = 0.0
     ) -> bool:
@@ -895,7 +928,13 @@ class CacheManager:
         return self._set_many(tuple(mapping.items()), ttl, tags, stale_ttl)
 
     def _set_many(
-        self, items: Sequence[tuple[str, Any]], ttl: float | None, tags: _Collection, stale_ttl: float
+        self,
+        items: Sequence[tuple[str, Any]],
+        ttl: float | None,
+        tags: _Collection,
+        stale_ttl: float,
+        *,
+        loaded: Loaded | None = None,
     ) -> bool:
         parts = self._parts or self._start()
         if ttl is not None:
@@ -907,7 +946,9 @@ class CacheManager:
         for given, value in items:
             key = check_key(given)
             tail = parts.codec.encode(key, value, tags=tags)
-            lots.append((key, tail, self._life(parts, ttl)))
+            if loaded is not None:
+                _check_size(tail, loaded)
+            lots.append((key, tail, self._life(parts, ttl) if loaded is None else self._life_of(parts, loaded)))
             shelved.append(Shelved(*parts.codec.shelve(key, value, tail), tags))
         is_stored = True
         for batch in _batches(range(len(lots))):
@@ -1151,8 +1192,7 @@ class CacheManager:
             self._swap_local(parts, draft)
         elif draft is not None:
             self._fill(parts, [draft])
-        is_degraded = before.is_unanswered
-        return Answer(loaded.value, "miss", is_loaded=True, is_degraded=is_degraded, is_kept=draft is not None)
+        return _loaded(loaded, before, is_kept=draft is not None)
 
     def _observe(self, parts: Parts, ticket: Ticket) -> _Found:
         """Note what the key is before a loader runs, taking no copy."""
@@ -1173,6 +1213,7 @@ class CacheManager:
             if is_untouched:
                 stamp = parts.tier.own_stamp()
                 parts.tier.keep(found.ticket, stamp, draft.shelved, (self._clock(), draft.life))
+        found.is_stored = is_untouched
         parts.stats.fills += is_untouched
         parts.stats.fills_refused += not is_untouched
 
@@ -1443,6 +1484,9 @@ class CacheManager:
         jitter = parts.policy.ttl_jitter
         return life * (1 - jitter * self._rng()) if jitter else life
 
+    def _life_of(self, parts: Parts, loaded: Loaded) -> float:
+        return self._life(parts, loaded.life) if loaded.is_jittered else check_ttl(loaded.life)
+
     def _look_many(self, parts: Parts, keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
         """Return what L1 answers, and the other keys, each once."""
         lease, front_get = self._coherence.lease_until, self._front_get
@@ -1577,10 +1621,25 @@ def _distinct(keys: Iterable[str]) -> dict[str, None]:
         return dict.fromkeys(check_key(key) for key in given)  # names the unhashable one
 
 
+def _loaded(loaded: Loaded, found: _Found, *, is_kept: bool) -> Answer:
+    return Answer(
+        loaded.value,
+        "miss",
+        is_loaded=True,
+        is_degraded=found.is_unanswered,
+        is_kept=is_kept,
+        is_stored=found.is_stored,
+    )
+
+
 def _check_size(tail: bytes, loaded: Loaded) -> None:
     if loaded.max_size is not None and len(tail) > loaded.max_size:
         why = f"takes {len(tail)} bytes, max_size is {loaded.max_size}"
-        raise SerializationError("value", type(loaded.value).__name__, why)
+        raise _TooLargeError("value", type(loaded.value).__name__, why)
+
+
+class _TooLargeError(SerializationError):
+    """More bytes than ``max_size``."""
 
 
 def _any_error(_error: Exception) -> bool:

@@ -29,9 +29,8 @@ def check_mode(mode: object) -> str:
     raise ValueError(msg)
 
 
-def mode_of(task: Any) -> str:
-    """Return the mode of the call that *task* executes: its message's, or that of the block around it, or "use"."""
-    request = task.request
+def mode_of(task: Any, request: Any) -> str:
+    """Return the mode of a call that *task* executes: its message's, or that of the block around it, or "use"."""
     given = None
     if not is_nested(request):
         given = header_of(request, HEADER)

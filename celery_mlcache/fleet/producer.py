@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
@@ -25,18 +26,18 @@ from celery.backends.base import BaseKeyValueStoreBackend
 from celery.utils import uuid
 
 from celery_mlcache.entry import MISS
-from celery_mlcache.errors import CacheKeyError, SerializationError, is_interrupt
+from celery_mlcache.errors import CacheClosedError, CacheKeyError, RemoteStoreError, SerializationError, is_interrupt
 from celery_mlcache.fleet import lifecycle, modes
 from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.options import INTERRUPTS
 from celery_mlcache.fleet.record import Record, unpack
+from celery_mlcache.fleet.serving import COALESCE, Serving, over_name
+from celery_mlcache.manager import CacheManager
 
 if TYPE_CHECKING:
-    from celery_mlcache.fleet.serving import Serving
     from celery_mlcache.fleet.task import CachedTask
 
 PAUSE: Final = 1.0  # seconds for which nothing is asked after the budget was overrun
-COALESCE: Final = 60.0  # seconds for which the same call may be answered by one that is under way
 HOSTNAME: Final = "mlcache"  # in the result's metadata: no worker has computed it
 _SENT: Final = ("chord", "chain", "link", "link_error", "retries", "eta", "countdown")
 _TOLD_APART: Final = ("task_id", "group_id", "expires", "reply_to", "root_id", "parent_id", *_SENT)
@@ -51,11 +52,12 @@ def answer(task: CachedTask, args: Any, kwargs: Any, options: dict[str, Any]) ->
     key, as_sent = call
     serving = task.cache.serving
     budget = _Budget(serving)
-    if serving.options.producer:
-        record = budget.find(key)
-        result = None if record is None else _answered(serving, key, record, (*as_sent, options))
-        if result is not None:
-            return result
+    with suppress(CacheClosedError):  # it is sent then, as any task is
+        if serving.options.producer:
+            record = budget.find(key)
+            result = None if record is None else _answered(serving, key, record, (*as_sent, options))
+            if result is not None:
+                return result
     if serving.options.coalesce and _is_plain(task, options):
         return _coalesced(serving, key, budget, (args, kwargs, options))
     return task.mlcache_publish(args, kwargs, **options)
@@ -207,17 +209,31 @@ def _is_plain(task: CachedTask, options: Mapping[str, Any]) -> bool:
 def _coalesced(serving: Serving, key: str, budget: _Budget, call: tuple[Any, Any, dict[str, Any]]) -> Any:
     task, name = serving.task, f"call:{key}"
     args, kwargs, options = call
-    owner = budget.marked(name)
-    if owner:
-        result = task.AsyncResult(owner)
-        if result.state in _UNDER_WAY:
-            serving.manager.count("calls_coalesced")
-            return result
+    with suppress(CacheClosedError):
+        owner = budget.marked(name)
+        if owner:
+            result = task.AsyncResult(owner)
+            if result.state in _UNDER_WAY:
+                serving.manager.count("calls_coalesced")
+                return result
     task_id = uuid()
     headers = {**(options.get("headers") or {}), modes.CALL: name}
     sent = task.mlcache_publish(args, kwargs, **{**options, "task_id": task_id, "headers": headers})
-    # Only now: a mark must never name a task that was not sent. Whoever calls in between sends a message of its own,
-    # and the workers see to it that it runs once all the same.
     if not serving.is_paused:
-        serving.manager.mark(name, COALESCE, owner=task_id, is_new=False)
+        with suppress(CacheClosedError, RemoteStoreError):  # whoever calls next sends a message of its own
+            _mark(serving.manager, name, task_id)
     return sent
+
+
+def _mark(manager: CacheManager, name: str, task_id: str) -> None:
+    """Name the task that others may wait for, unless it is over.
+
+    Only now that it was sent: a mark must never name a task that was not. Whoever calls in between sends a message of
+    its own, and the workers see to it that it runs once all the same.
+    """
+    if not manager.mark(name, COALESCE, owner=task_id, is_new=False):
+        return
+    over, is_answered = manager.marked_within(over_name(task_id), COALESCE)
+    if over or not is_answered:
+        # A worker was faster, and found no mark to remove: others would wait for what its caller may have forgotten.
+        manager.unmark(name, owner=task_id)

@@ -108,7 +108,7 @@ class TaskCache:
             return False
         loaded = kept[1]
         key = self.serving.keys.name(bound)
-        return self.manager.set(key, loaded.value, loaded.life, tags=loaded.tags, stale_ttl=loaded.stale_life)
+        return self.manager.put(key, loaded)
 
     def invalidate(self, *args: Any, **kwargs: Any) -> bool:
         """Remove one call's result from every process; return whether there was one. Raises as :meth:`key`."""

@@ -38,6 +38,7 @@ from celery_mlcache.errors import (
     CacheKeyError,
     CallInProgressError,
     NotCachedError,
+    RemoteStoreError,
     SerializationError,
     is_interrupt,
 )
@@ -52,6 +53,7 @@ from celery_mlcache.manager import MAX_TTL, Answer, CacheManager, Loaded, Plan, 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask
 
+COALESCE: Final = 60.0  # seconds for which the same call may be answered by one that is under way
 MARK_LIFE: Final = 60.0  # seconds after which a refresh that was sent, and has not been heard of since, is sent again
 RETRY_AT_LEAST: Final = 0.05  # seconds, for a retry in place of waiting
 HOST: Final = socket.gethostname()
@@ -107,7 +109,7 @@ class Serving:
         """Return the cached result of a call, or run it and cache what it returns."""
         request = self.task.request
         is_message = self._is_message(request)
-        mode = modes.mode_of(self.task)
+        mode = modes.mode_of(self.task, request)
         if mode == "bypass":
             return self._run_uncached(run, args, kwargs, "bypass")
         try:
@@ -130,7 +132,7 @@ class Serving:
 
     def _answer(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         if mode == "only":
-            return self._answer_only(call)
+            return self._answer_only(call, request)
         if mode == "refresh":
             return self._answer_refresh(call, request)
         return self._answer_use(call, request, mode, is_message=is_message)
@@ -146,11 +148,12 @@ class Serving:
         finally:
             name = modes.header_of(request, modes.CALL)
             if is_over and isinstance(name, str):
-                self._unmark(name, owner=request.id)
+                self._note_over(name, request.id)
 
     def _answer_use(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         try:
-            answer = self.manager.resolve(call.key, self._plan(call, mode, is_message=is_message))
+            manager = self.manager
+            answer = manager.front(call.key) or manager.resolve(call.key, self._plan(call, mode, is_message=is_message))
         except CallInProgressError as exc:
             if self.options.on_contention != "retry" or exc.key != call.key:
                 raise  # in the latter case it is of a call inside of this one
@@ -168,14 +171,14 @@ class Serving:
             # Foreign bytes, or an exception that this process does not know, or that a retry is to overcome.
             answer = self.manager.renew(call.key, self._plan(call, "refresh"))
             return self._finish_loaded(call, answer, request)
-        return self._finish_found(call, answer, record, error)
+        return self._finish_found(call, answer, record, error, request)
 
     def _error_of(self, record: Record | None) -> Exception | None:
         return unpack_error(record.value, self.options.negative) if record is not None and record.is_error else None
 
-    def _finish_found(self, call: Call, answer: Answer, record: Record, error: Exception | None) -> Any:
+    def _finish_found(self, call: Call, answer: Answer, record: Record, error: Exception | None, request: Any) -> Any:
         level = answer.level
-        self.task.request.__dict__[modes.LEVEL] = level
+        request.__dict__[modes.LEVEL] = level
         if level == "stale":
             self._send(signals.cache_stale, call.key, age=time.time() - record.made_at, error=answer.error)
             if answer.error is None:
@@ -201,19 +204,19 @@ class Serving:
             self._send(signals.cache_error, call.key, what="l2", error=None)
         elif call.record is not None and not answer.is_kept and self._is_on:
             self._send(signals.cache_error, call.key, what="value", error=None)
-        is_cached = answer.is_kept and not answer.is_degraded
-        self._send(signals.cache_miss, call.key, seconds=call.took, is_cached=is_cached)
+        self._send(signals.cache_miss, call.key, seconds=call.took, is_cached=answer.is_stored)
         request.__dict__[modes.LEVEL] = "refresh" if request.__dict__.get(modes.LEVEL) == "refresh" else "miss"
         if call.error is not None:
             raise call.error
         return call.result
 
-    def _answer_only(self, call: Call) -> Any:
-        record = unpack(self.manager.get(call.key, MISS))
+    def _answer_only(self, call: Call, request: Any) -> Any:
+        answer = self.manager.find(call.key)
+        record = None if answer is None else unpack(answer.value)
         error = self._error_of(record)
-        if record is None or (record.is_error and error is None):
+        if answer is None or record is None or (record.is_error and error is None):
             raise NotCachedError(self.task.name, call.key, "its result is not cached, and was wanted from there only")
-        return self._finish_found(call, Answer(None, "l2"), record, error)
+        return self._finish_found(call, answer, record, error, request)
 
     def _answer_refresh(self, call: Call, request: Any) -> Any:
         if call.since is None:
@@ -228,8 +231,10 @@ class Serving:
         try:
             if not is_done:
                 plan = self._plan(call, "refresh", contention="raise")
-                with suppress(CallInProgressError):
-                    answer = self.manager.renew(call.key, plan)
+                answer = self.manager.renew(call.key, plan)
+        except CallInProgressError as exc:
+            if exc.key != call.key:
+                raise  # of a call inside of this one
         finally:
             self._unmark(self._mark_name(call.key))
         if answer is None:
@@ -274,7 +279,7 @@ class Serving:
                 raise
             call.error, call.took = exc, time.monotonic() - began
             call.record = self._record(packed, call.took, life, is_error=True)
-            return Loaded(call.record.pack(), call.record.life, call.tags, is_jittered=False)
+            return Loaded(call.record.pack(), call.record.life, call.tags, is_jittered=False, is_optional=True)
         call.took = time.monotonic() - began
         try:
             kept = self.keep(call.result, call.took, call.bound, call.tags)
@@ -433,6 +438,12 @@ class Serving:
         with suppress(CacheClosedError):  # since this call has begun: it ends as any other
             self.manager.count(name, number)
 
+    def _note_over(self, name: str, task_id: str) -> None:
+        """Tell who has sent a shared call that it is over, and whoever makes the same call that it is gone."""
+        with suppress(CacheClosedError, RemoteStoreError):
+            self.manager.mark(over_name(task_id), COALESCE)  # first: its sender marks the call, then asks for this
+        self._unmark(name, owner=task_id)
+
     def _unmark(self, name: str, *, owner: str = "") -> None:
         with suppress(CacheClosedError):
             self.manager.unmark(name, owner=owner)
@@ -460,3 +471,8 @@ class Serving:
         if what not in self._has_warned:
             self._has_warned.add(what)
             log.warning(what, extra={"task": self.task.name, "why": str(why)})
+
+
+def over_name(task_id: str) -> str:
+    """Return the name of the mark that tells a call's sender that it is over already."""
+    return f"over:{task_id}"

@@ -30,15 +30,13 @@ class Fleet:
     def __init__(self, url: str, namespace: str, stack: ExitStack, **settings: Any) -> None:
         self.names = RedisNames(namespace)
         self._stack = stack
-        self._make = lambda: create_cache_manager(
-            **{"redis_url": url, "cache_namespace": namespace, "single_flight_lease": LEASE, **settings}
-        )
+        self._settings = {"redis_url": url, "cache_namespace": namespace, "single_flight_lease": LEASE, **settings}
         self.a, self.b = self.join(), self.join()
         self.pool = stack.enter_context(ThreadPoolExecutor(16))
 
-    def join(self) -> CacheManager:
+    def join(self, **settings: Any) -> CacheManager:
         """Return one more process's manager."""
-        return self._stack.enter_context(self._make())
+        return self._stack.enter_context(create_cache_manager(**{**self._settings, **settings}))
 
     def start(self, manager: CacheManager, load: Callable[[], Any], key: str = "k", **plan: Any) -> Future[Answer]:
         """Resolve a key in a thread."""
@@ -107,7 +105,7 @@ class TestSharing:
         second = fleet.start(fleet.b, never)
         waiting(fleet.b)
         gate.may_end.set()
-        assert first.result(TIMEOUT) == Answer("v", "miss", is_loaded=True)
+        assert first.result(TIMEOUT) == Answer("v", "miss", is_loaded=True, is_stored=True)
         assert second.result(TIMEOUT) == Answer("v", "l2")
         assert (fleet.b.stats()["waits"], fleet.b.stats()["leases"], fleet.a.stats()["leases"]) == (1, 0, 1)
 
@@ -163,7 +161,7 @@ class TestSharing:
         fleet.join().delete("k")
         gate.may_end.set()
         assert first.result(TIMEOUT).value == "old"
-        assert second.result(TIMEOUT) == Answer("new", "miss", is_loaded=True)
+        assert second.result(TIMEOUT) == Answer("new", "miss", is_loaded=True, is_stored=True)
         assert fleet.a.get("k") == "new"
 
     def test_different_keys_do_not_wait_for_each_other(self, fleet):
@@ -188,8 +186,47 @@ class TestSharing:
     def test_no_lease_no_wait_without_l2(self, namespace):
         """Without L2 there is nobody to wait for: one load at a time in this process, as ever."""
         with create_cache_manager(l2_enabled=False, cache_namespace=namespace) as alone:
-            assert alone.resolve("k", plan_of(lambda: 1)) == Answer(1, "miss", is_loaded=True)
+            assert alone.resolve("k", plan_of(lambda: 1)) == Answer(1, "miss", is_loaded=True, is_stored=True)
             assert alone.resolve("k", plan_of(never)) == Answer(1, "l1")
+
+
+class TestOutcomes:
+    def test_an_answer_says_whether_it_was_stored(self, fleet):
+        """Not where the key was touched meanwhile, nor where it was not to be kept; nor is that taken for trouble."""
+        touched = fleet.a.resolve("k", plan_of(lambda: fleet.b.delete("k") or "v"))
+        assert (touched.is_kept, touched.is_stored, touched.is_degraded) == (True, False, False)
+        unkept = fleet.a.resolve("k", plan_of(lambda: Loaded("v", is_kept=False)))
+        assert (unkept.is_kept, unkept.is_stored, unkept.is_degraded) == (False, False, False)
+
+    def test_find_says_where(self, fleet):
+        """A value that another process has stored is found in L2 first, and then in L1."""
+        fleet.a.set("k", 1)
+        assert fleet.b.find("k") == Answer(1, "l2")
+        fleet.b.warm()
+        wait_until(lambda: fleet.b.find("k") == Answer(1, "l1"), TIMEOUT)
+        assert fleet.b.front("k") == Answer(1, "l1")
+        assert fleet.b.find("none") is fleet.b.front("none") is None
+
+    def test_put_stores_as_a_loader_would(self, fleet):
+        """An exact life without the cache's jitter, and nothing where it is too large."""
+        jittery = fleet.join(ttl_jitter=0.5)
+        assert jittery.put("k", Loaded("v", 100.0, ("t",), is_jittered=False))
+        assert 99 < jittery.ttl("k") <= 100
+        assert not jittery.put("k", Loaded("v" * 200, 100.0, max_size=100))
+        assert (jittery.get("k"), jittery.stats()["unserializable"]) == ("v", 1)
+        fleet.b.invalidate_tags("t")
+        assert fleet.join().get("k") is None
+
+    def test_inspect_asks_l1_where_l2_is_gone(self, redis_server, namespace):
+        """While the lease lasts, what L1 answers is there, whatever L2 says."""
+        with create_cache_manager(
+            redis_url=redis_server.url, cache_namespace=namespace, staleness_bound=30, tombstone_ttl=300
+        ) as cache:
+            cache.set("k", "v")
+            wait_until(lambda: cache.find("k") == Answer("v", "l1"), TIMEOUT)
+            redis_server.freeze()
+            found = cache.inspect("k")
+        assert (found.value, found.level) == ("v", "l1")
 
 
 class TestContention:
