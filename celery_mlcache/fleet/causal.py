@@ -35,6 +35,7 @@ from celery.backends.base import BaseKeyValueStoreBackend
 
 from celery_mlcache.config import ConfigurationWarning
 from celery_mlcache.errors import ConfigurationError, MLCacheError, RemoteStoreError
+from celery_mlcache.fleet.modes import LEVEL
 from celery_mlcache.keys import format_token, parse_token
 
 if TYPE_CHECKING:
@@ -219,8 +220,11 @@ class _Carrier:
         return original
 
     def make(self, *args: Any, **kwargs: Any) -> Any:
-        """The worker: what is stored of a task's state."""
+        """The worker: what is stored of a task's state, and where a cached task's result was found."""
         meta = self._make(*args, **kwargs)
+        level = getattr(kwargs.get("request"), LEVEL, None)
+        if level is not None:
+            meta[LEVEL] = level
         if text := tell():
             meta[HEADER] = text
         return meta

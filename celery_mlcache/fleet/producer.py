@@ -189,6 +189,7 @@ def _context(task: CachedTask, task_id: str, args: Any, kwargs: Any, options: Ma
         delivery_info={},
         hostname=HOSTNAME,
         retries=0,
+        mlcache="producer",
     )
 
 

@@ -145,6 +145,16 @@ class TaskCache:
         """
         return modes.using(self._task, modes.check_mode(mode))
 
+    def level_of(self, result: Any) -> str | None:
+        """Return where the result of an AsyncResult was found, for those who must know a stale one when they see it.
+
+        "l1", "l2", "shared" (another call was computing it), "stale", "producer", or how it came about: "miss",
+        "refresh", "bypass", "uncacheable". None before it is there, and where the result backend keeps no more than
+        Celery's own columns.
+        """
+        found: dict[str, Any] = result._get_task_meta()  # noqa: SLF001 - Celery has no public way
+        return found.get(modes.LEVEL)
+
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Tell why a call would, or would not, be answered from the cache; one or two round trips to L2.
 

@@ -86,6 +86,9 @@ class TaskCacheOf(Protocol[P, R]):
     def warm(self, calls: Iterable[Sequence[Any] | Mapping[str, Any]], *, batch: int = 100) -> int:
         """Have workers compute those calls that are not cached, and return how many were sent."""
 
+    def level_of(self, result: AsyncResult[Any]) -> str | None:
+        """Return where a result was found, or how it came about."""
+
     def using(self, mode: Mode) -> AbstractContextManager[None]:
         """Give every call of the task in this block the mode."""
 

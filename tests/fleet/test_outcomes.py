@@ -180,3 +180,18 @@ def test_no_password_is_shown(key, variable):
         ]
         assert all("mlcache_" in text for text in shown)
         assert [text for text in (*shown, fleet.worker.log()) if SECRET in text] == []
+
+
+def test_a_result_says_where_it_was_found(fleet):
+    """Whoever has called learns it from the result's metadata: computed, from the cache, or stale."""
+    double, level_of = fleet.module.double, fleet.module.double.cache.level_of
+    found = []
+    for options in ({}, {}, {"mlcache": "refresh"}, {"mlcache": "bypass"}):
+        result = double.apply_async(("level",), **options)
+        found.append((result.get(timeout=TIMEOUT), level_of(result)))
+    assert found[1][1] in {"l1", "l2"}
+    assert [level for _, level in (found[0], *found[2:])] == ["miss", "refresh", "bypass"]
+    assert level_of(double.AsyncResult("never")) is None
+    plain = fleet.module.probe.delay("stats")
+    plain.get(timeout=TIMEOUT)
+    assert level_of(plain) is None
