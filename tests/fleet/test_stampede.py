@@ -138,3 +138,15 @@ def test_nested_calls_do_not_wait_for_their_own_ancestor(fleet):
     assert fleet.module.outer.delay(x, 1).get(timeout=TIMEOUT) in {0, -1}
     assert fleet.runs(f"outer:{x}:1") == 2
     assert time.monotonic() - began < 8  # single_flight_wait is 10 s
+
+
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_other_pools_share_and_renew_too(pool):
+    """A node of threads or greenlets and one of processes execute once together, and keep their leases."""
+    with running_fleet(mlcache_single_flight_lease=LEASE, worker_prefetch_multiplier=1) as fleet:
+        fleet.boot(pool=pool, concurrency=8)
+        fleet.boot(concurrency=2)
+        x = uuid.uuid4().hex
+        results = [fleet.module.hold.delay(x, 3 * LEASE) for _ in range(10)]
+        assert [result.get(timeout=TIMEOUT) for result in results] == [1] * 10
+        assert fleet.runs(f"start:{x}") == 1
