@@ -22,6 +22,7 @@ from celery_mlcache.config import CacheConfig, ConfigurationWarning, load_config
 from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.factory import assemble
 from celery_mlcache.fleet import causal, lifecycle, lineage
+from celery_mlcache.fleet.errands import Errands
 from celery_mlcache.manager import CacheManager, Parts
 
 PREFIX: Final = "mlcache_"
@@ -49,6 +50,7 @@ class Fleet:
         self._hidden: dict[str, str] = {}  # settings as they were given, by their names in app.conf
         self.cache = CacheManager(self._assemble, name=app.main or "celery")
         self.bearer = causal.Bearer(self)
+        self.errands = Errands()
         _FLEETS.add(self)
 
     @property

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -141,4 +142,6 @@ def _warm(app: Any) -> None:
 def _release(app: Any, budget: float) -> None:
     fleet = _find(app)
     if fleet is not None:
-        fleet.cache.release(budget)
+        began = time.monotonic()
+        fleet.errands.join(budget / 2)
+        fleet.cache.release(max(0.0, budget - (time.monotonic() - began)))

@@ -25,11 +25,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from math import log as ln
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Retry
+from kombu.exceptions import OperationalError
 
 from celery_mlcache.calls import CallKeys
 from celery_mlcache.entry import MISS
@@ -55,6 +56,10 @@ if TYPE_CHECKING:
 
 COALESCE: Final = 60.0  # seconds for which the same call may be answered by one that is under way
 MARK_LIFE: Final = 60.0  # seconds after which a refresh that was sent, and has not been heard of since, is sent again
+ASK_AGAIN: Final = 1.0  # seconds after which this process asks again for a refresh that it has asked for
+MAX_ASKED: Final = 4096  # keys that it remembers so
+NO_BROKER: Final = 5.0  # seconds for which no refresh is sent after the broker was not there
+FAILED: Final = 5.0  # seconds for which no refresh is sent after one has failed, or its result was not to be kept
 RETRY_AT_LEAST: Final = 0.05  # seconds, for a retry in place of waiting
 HOST: Final = socket.gethostname()
 
@@ -88,6 +93,8 @@ class Serving:
         self.own_tag = f"task:{task.name}"  # of every result: what invalidate_all() needs
         self._has_warned: set[str] = set()
         self._paused_until = 0.0
+        self._asked: dict[str, float] = {}  # until when a refresh need not be asked for again, by key
+        self._no_broker_until = 0.0
 
     @cached_property
     def manager(self) -> CacheManager:
@@ -227,16 +234,22 @@ class Serving:
         """Do what a reader of a stale result has asked for, unless somebody else did it or is about to."""
         record = unpack(self.manager.get(call.key, MISS))
         is_done = record is not None and isinstance(since, int | float) and record.made_at > since
-        answer = None
+        answer, is_settled, mark = None, True, self._mark_name(call.key)
         try:
             if not is_done:
-                plan = self._plan(call, "refresh", contention="raise")
-                answer = self.manager.renew(call.key, plan)
+                is_settled = False
+                answer = self.manager.renew(call.key, self._plan(call, "refresh", contention="raise"))
+                is_settled = answer.is_stored
         except CallInProgressError as exc:
             if exc.key != call.key:
                 raise  # of a call inside of this one
+            is_settled = True
         finally:
-            self._unmark(self._mark_name(call.key))
+            if is_settled:
+                self._unmark(mark)
+            else:  # what goes wrong is not tried again by the next reader at once
+                with suppress(CacheClosedError, RemoteStoreError):
+                    self.manager.mark(mark, FAILED, is_new=False)
         if answer is None:
             self._count("refreshes_skipped")
             return None if record is None or record.is_error else record.value
@@ -384,23 +397,50 @@ class Serving:
     # ---- refreshing -----------------------------------------------------------------------------------------
 
     def refresh_soon(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record) -> None:
-        """See to it that one task, in the whole fleet, computes a call anew; never raises for the broker."""
+        """See to it that one task, in the whole fleet, computes a call anew. Waits for nothing, and never raises."""
+        now = time.monotonic()
+        if now < self._asked.get(key, 0.0):
+            return  # a hot key has thousands of readers
+        if len(self._asked) >= MAX_ASKED:
+            self._asked.clear()
+        self._asked[key] = now + ASK_AGAIN
+        job = partial(self._refresh_now, key, args, kwargs, record.made_at)
+        if self.task.app.conf.task_always_eager:
+            job()
+        elif not fleet_of(self.task.app).errands.ask(job):
+            self._count("refreshes_failed")
+
+    def _refresh_now(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], since: float) -> None:
+        """Send the task that refreshes a call, unless somebody in the fleet has; in the thread for errands."""
+        mark = self._mark_name(key)
         is_first = False
-        with suppress(CacheClosedError):
-            is_first = self.manager.mark(self._mark_name(key), MARK_LIFE)
+        with suppress(CacheClosedError, RemoteStoreError):
+            is_first = self.manager.mark(mark, MARK_LIFE)
         if not is_first:
             return
+        if time.monotonic() < self._no_broker_until:
+            self._note_unsent(key, None)
+            return
         try:
-            self.send_refresh(args, kwargs, since=record.made_at)
+            self.send_refresh(args, kwargs, since=since)
         except Exception as exc:
-            self._unmark(self._mark_name(key))
             if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
-                raise
-            self._count("refreshes_failed")
-            self._warn_once("a refresh could not be sent", exc)
-            self._send(signals.cache_error, key, what="refresh", error=exc)
+                self._unmark(mark)
+                raise  # an eager task's own
+            self._note_unsent(key, exc)
         else:
             self._count("refreshes_sent")
+
+    def _note_unsent(self, key: str, error: Exception | None) -> None:
+        """Let somebody else try; *error* is None where it was not even tried."""
+        self._unmark(self._mark_name(key))
+        self._count("refreshes_failed")
+        if error is None:
+            return
+        if isinstance(error, OperationalError | OSError):
+            self._no_broker_until = time.monotonic() + NO_BROKER
+        self._warn_once("a refresh could not be sent", error)
+        self._send(signals.cache_error, key, what="refresh", error=error)
 
     def send_refresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, since: float | None = None) -> Any:
         """Send the task that refreshes a call, and return its AsyncResult."""

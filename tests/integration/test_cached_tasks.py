@@ -22,7 +22,8 @@ from celery.app.trace import build_tracer
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import CallInProgressError, NotCachedError, RemoteStoreError
-from celery_mlcache.fleet import signals
+from celery_mlcache.fleet import serving, signals
+from celery_mlcache.fleet.app import find_fleet
 from celery_mlcache.fleet.record import unpack
 from celery_mlcache.keys import RedisNames
 from tests.support.ports import HOST, free_port
@@ -89,20 +90,28 @@ class Fleet:
         self.url, self.namespace, self.stack = url, namespace, stack
         self.names = RedisNames(namespace)
         self.task_name = f"t.{uuid.uuid4().hex[:8]}"
-        self.sent = []
+        self._sent, self._apps = [], []
         celery_signals.before_task_publish.connect(self._on_publish, weak=False)
         stack.callback(celery_signals.before_task_publish.disconnect, self._on_publish)
         self._pool = stack.enter_context(ThreadPoolExecutor(16))
 
+    @property
+    def sent(self):
+        """All messages so far, those included that are sent behind the callers' backs."""
+        for app in self._apps:
+            assert find_fleet(app).errands.join(LONG)
+        return self._sent
+
     def _on_publish(self, sender, body, headers, properties, routing_key, **_):
         args, kwargs, _ = body
-        self.sent.append(Sent(sender, args, kwargs, dict(headers), routing_key, properties.get("priority")))
+        self._sent.append(Sent(sender, args, kwargs, dict(headers), routing_key, properties.get("priority")))
 
     def app(self, **settings):
         """Return another process's app."""
         app = Celery(f"c{uuid.uuid4().hex[:8]}", broker="memory://", backend="cache+memory://", set_as_current=False)
         defaults = {"l1_enabled": False, "redis_url": self.url, "cache_namespace": self.namespace}
         setup_cache(app, **{**defaults, **settings})
+        self._apps.append(app)
         self.stack.callback(app.close)
         self.stack.callback(app.mlcache.close)
         return app
@@ -138,6 +147,7 @@ class Fleet:
 
 def stat(task, name):
     """Return one of a process's counters."""
+    assert find_fleet(task.app).errands.join(LONG)
     return task.cache.manager.stats()[name]
 
 
@@ -164,6 +174,12 @@ def execute(task, *args, headers=None, **request):
 def deliver(message, task):
     """Let a worker execute a message that was sent."""
     return execute(task, *message.args, headers=message.headers, retries=message.headers.get("retries", 0))
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    """What a process has asked for it would not ask for again within a second."""
+    monkeypatch.setattr(serving, "ASK_AGAIN", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -746,13 +762,17 @@ class TestStale:
         headers = {"mlcache_mode": "refresh", "mlcache_since": since}
         assert execute(one, headers=headers) == ("SUCCESS", 2)
 
-    def test_a_refresh_that_fails(self, fleet):
-        """The stale result stays, and the next reader has it tried again."""
+    def test_a_refresh_that_fails(self, fleet, redis):
+        """The stale result stays, and it is tried again a few seconds later, not by the next reader at once."""
         one, two, _ = self.aged(fleet)
         two()
         (message,) = fleet.sent
         failing = fleet.task(lambda _: 1 / 0, ttl=60, stale_ttl=60)
         assert deliver(message, failing)[0] == "FAILURE"
+        assert two() == 1
+        assert len(fleet.sent) == 1
+        assert 0 < redis.pttl(fleet.mark(one)) <= 1000 * serving.FAILED
+        redis.delete(fleet.mark(one))
         assert two() == 1
         assert len(fleet.sent) == 2
         assert deliver(fleet.sent[1], one) == ("SUCCESS", 2)
@@ -761,12 +781,14 @@ class TestStale:
         """They reach the message; refresh_async() takes them too."""
         _, two, _ = self.aged(fleet, refresh_queue="slow", refresh_priority=3)
         two()
+        assert len(fleet.sent) == 1
         two.cache.refresh_async()
         assert [(message.routing_key, message.priority) for message in fleet.sent] == [("slow", 3)] * 2
         assert "mlcache_since" not in fleet.sent[1].headers
 
     def test_a_broker_that_fails(self, fleet, monkeypatch, caplog, told):
         """The stale result is served all the same, it is counted and told, and the next reader tries again."""
+        monkeypatch.setattr(serving, "NO_BROKER", 0.0)
         _, two, _ = self.aged(fleet)
         publish = two.mlcache_publish
 
@@ -784,6 +806,42 @@ class TestStale:
         monkeypatch.setattr(two, "mlcache_publish", publish)
         assert two() == 1
         assert (len(fleet.sent), stat(two, "refreshes_sent")) == (1, 1)
+
+    def test_a_broker_that_is_away_is_left_alone_for_a_while(self, fleet, monkeypatch):
+        """After one refresh could not be sent, the next few seconds' are not tried; others in the fleet may."""
+        _, two, _ = self.aged(fleet)
+        tries = []
+
+        def broken(*args, **options):
+            tries.append(args)
+            raise OSError("no broker")
+
+        monkeypatch.setattr(two, "mlcache_publish", broken)
+        for _ in range(3):
+            assert two() == 1
+            stat(two, "loads")
+        assert (len(tries), stat(two, "refreshes_failed")) == (1, 3)
+
+    def test_a_reader_waits_for_no_broker(self, fleet, monkeypatch):
+        """Stale results are served while the message is on its way, however long the broker takes."""
+        gate = Gate()
+        _, two, _ = self.aged(fleet)
+        monkeypatch.setattr(two, "mlcache_publish", lambda *_, **__: gate())
+        assert two() == 1
+        gate.wait_entered()
+        assert two() == 1
+        gate.opened.set()
+        assert (stat(two, "refreshes_sent"), gate.runs) == (1, 1)
+
+    def test_a_process_asks_once_a_second(self, fleet, monkeypatch):
+        """Readers of a hot key that is stale do not ask L2 for the mark each time."""
+        monkeypatch.setattr(serving, "ASK_AGAIN", LONG)
+        _, two, _ = self.aged(fleet)
+        manager, asked = two.cache.manager, []
+        monkeypatch.setattr(manager, "mark", lambda *args, **_: asked.append(args))
+        assert [two() for _ in range(5)] == [1] * 5
+        assert len(fleet.sent) == 0
+        assert len(asked) == 1
 
     def test_eager(self, fleet):
         """In eager mode the refresh runs at once, and what it raises does not reach the reader."""

@@ -862,8 +862,9 @@ class TestTrouble:
             assert info.value is inner
         assert app.mlcache.stats()["loads"] == 2
 
-    def test_a_task_without_a_broker(self, app, caplog):
+    def test_a_task_without_a_broker(self, app, caplog, monkeypatch):
         """A refresh that cannot be sent is counted, logged once, told, and does not reach the caller."""
+        monkeypatch.setattr(serving, "ASK_AGAIN", 0.0)
         task = counting(app, early=100.0)
         manager = task.cache.manager
         manager.mark = lambda *args, **kwargs: True  # without L2 there are no marks
