@@ -25,8 +25,8 @@ check: $(VENV)/.ready ## format, lint, types and import floors (seconds)
 	[ -z "$$failed" ]
 
 .PHONY: test
-test: $(VENV)/.ready ## every test; starts the servers and workers it needs (ARGS="-k name" narrows)
-	@$(RUN) -m pytest $(ARGS)
+test: $(VENV)/.ready ## every test, in parallel; starts the servers it needs (ARGS="-k name" narrows, in one process)
+	@$(RUN) -m pytest $(or $(ARGS),-n auto --dist worksteal)
 
 .PHONY: faults
 faults: $(VENV)/.ready ## minutes of faults on 8 processes, and every mutant (ARGS="--minutes 2 --seed 7 --processes 8")

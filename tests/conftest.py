@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from typing import Any, TextIO
 
 import pytest
 from hypothesis import settings
@@ -115,12 +117,39 @@ def _scrub_environment() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin a test run: no foreign settings, and a mark by which to know its processes."""
+    """Begin a test run: no foreign settings, and a mark by which to know its processes.
+
+    A worker of xdist adds its own to that of the run, so each finds what it left behind, and the run finds it all.
+    """
     _scrub_environment()
-    os.environ[processes.SESSION_MARK] = config.stash.setdefault(_MARK, uuid.uuid4().hex)
+    config.stash[_MARK] = os.environ.get(processes.SESSION_MARK, "") + uuid.uuid4().hex
+    os.environ[processes.SESSION_MARK] = config.stash[_MARK]
+    if _is_worker(config):
+        config.stash[_STDERR] = os.fdopen(os.dup(2), "w")  # output is not captured yet
+        config.add_cleanup(config.stash[_STDERR].close)
 
 
 _MARK = pytest.StashKey[str]()
+_STDERR = pytest.StashKey[TextIO]()
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this process is a worker of xdist."""
+    return hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    """Have a worker show where its threads stand just before pytest-timeout ends it, whose own words nobody sees."""
+    if _is_worker(item.config):
+        faulthandler.dump_traceback_later(0.95 * settings.timeout, file=item.config.stash[_STDERR])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    """The test has ended in time."""
+    if _is_worker(item.config):
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -142,19 +171,33 @@ def pytest_runtest_logfinish(nodeid: str, location: tuple[str, int | None, str])
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a run that leaves a process alive."""
-    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
-        return  # the children of an xdist controller are the runs that check themselves
-    leaked = [(pid, processes.command_of(pid)) for pid in processes.left_behind(session.config.stash[_MARK])]
-    if not leaked:
-        return
-    for pid, _ in leaked:
+    leaked = session.config.stash.setdefault(_LEAKED, [])
+    for pid in processes.left_behind(session.config.stash[_MARK]):
+        leaked.append((pid, processes.command_of(pid)))
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    session.config.stash[_LEAKED] = leaked
+    if leaked:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if _is_worker(session.config):
+        session.config.workeroutput["leaked"] = leaked
 
 
 _LEAKED = pytest.StashKey[list[tuple[int, str]]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Say what ``-n auto`` is: one more than there are cores, for tests wait more than they compute.
+
+    No more than 8: each worker that gets a test of a module starts that module's fleet anew.
+    """
+    return min(8, (os.cpu_count() or 1) + 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take what a worker of xdist says at its end; one that crashed says nothing."""
+    node.config.stash.setdefault(_LEAKED, []).extend(getattr(node, "workeroutput", {}).get("leaked", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -236,7 +236,7 @@ def brief(x: str, seconds: float) -> int:
 def patient(x: str, seconds: float) -> int:
     """Come back later, and hold no process meanwhile, while another one computes this."""
     started = count(f"start:{x}")
-    time.sleep(seconds)
+    wait_until(lambda: runs(f"go:{x}"), seconds, f"go:{x}")
     return started
 
 

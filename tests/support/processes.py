@@ -82,12 +82,13 @@ def command_of(pid: int) -> str:
 
 
 def left_behind(mark: str) -> list[int]:
-    """Return what is still alive of a test run: this process's children, and whatever carries *mark*."""
+    """Return what is still alive of a test run: this process's children, and what carries *mark*, or one made of it."""
     marker = f"{SESSION_MARK}={mark}".encode()
     found = set(children_of(os.getpid()))
     for pid in _pids():
         with contextlib.suppress(OSError):
-            if marker in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") and is_alive(pid):
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if any(each.startswith(marker) for each in environ) and is_alive(pid):
                 found.add(pid)
     return sorted(pid for pid in found - {os.getpid()} if "resource_tracker" not in command_of(pid))
 

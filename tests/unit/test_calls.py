@@ -455,7 +455,7 @@ def test_a_task_whose_name_no_key_can_hold_is_refused(name):
         (lambda *skus: ..., lambda first, second: first),
         (lambda **extra: ..., lambda *, sku: sku),
     ],
-    ids=repr,
+    ids=["anything", "the same names", "a class", "any number", "a keyword"],
 )
 def test_a_function_that_may_fit_is_taken(function, chooser):
     """A task with *args or **kwargs is called with more than its signature tells."""

@@ -396,7 +396,9 @@ class TestSpellings:
             return 1
 
     @pytest.mark.parametrize(
-        "made", [functools.partial(print, 1), functools.partialmethod(print, 1), len, Callable()], ids=repr
+        "made",
+        [functools.partial(print, 1), functools.partialmethod(print, 1), len, Callable()],
+        ids=["partial", "partialmethod", "built-in", "object"],
     )
     def test_what_has_no_name(self, app, made):
         """A partial, a builtin, an object that can be called."""
@@ -451,7 +453,7 @@ class TestSpellings:
             ({"key": lambda shop: shop}, "key"),
             ({"ttl": -1, "jitter": 2}, "ttl .*jitter"),
         ],
-        ids=str,
+        ids=["tags", "ignore", "key", "key function", "two at once"],
     )
     def test_options_that_do_not_fit_the_function(self, app, options, complaint):
         """They are refused where they are written, before the task is made."""
