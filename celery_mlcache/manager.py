@@ -158,6 +158,22 @@ class Answer(NamedTuple):
     is_stored: bool = False
 
 
+class Glance(NamedTuple):
+    """What a look-up of limited time has come to.
+
+    Attributes:
+        value: The value, or MISS.
+        is_answered: Whether that was said in time.
+        stamp: Where L2 has no value: when that was last removed, in the order of writes; 0: never, as far as is known.
+        is_remote: L2 was asked.
+    """
+
+    value: Any
+    is_answered: bool
+    stamp: int = 0
+    is_remote: bool = False
+
+
 class Inspection(NamedTuple):
     """What there is of a key, found without changing anything.
 
@@ -415,8 +431,8 @@ class CacheManager:
         """Return what a look-up finds of *key*, and on which level, or None; raises as :meth:`get`."""
         return self.front(check_key(key)) or self._find_slow(self._parts or self._start(), key)
 
-    def get_within(self, key: str, seconds: float) -> tuple[Any, bool]:
-        """Return what is found of *key* in so many seconds, or MISS, and whether that was said in time.
+    def glance(self, key: str, within: float) -> Glance:
+        """Return what is found of *key* *within* so many seconds.
 
         Never raises for Redis, and one that is too slow for this is not taken for an outage by others.
         """
@@ -424,14 +440,14 @@ class CacheManager:
         key = check_key(key)
         value = parts.tier.look(key)
         if value is not MISS or parts.remote is None:
-            return value, True
+            return Glance(value, is_answered=True)
         with parts.tier.tickets((key,)) as tickets:
             try:
-                found = self._fetch(parts, parts.remote, tickets, within=seconds)[0]
+                found = self._fetch(parts, parts.remote, tickets, within=within)[0]
             except RemoteStoreError:  # strict
-                return MISS, False
+                return Glance(MISS, is_answered=False)
             parts.stats.l2_hits += found.value is not MISS
-            return found.value, not found.is_unanswered
+            return Glance(found.value, not found.is_unanswered, found.stamp, is_remote=True)
 
     def inspect(self, key: str) -> Inspection:
         """Return what there is of *key* and where, without counting, filling or changing anything.
@@ -1373,6 +1389,10 @@ class CacheManager:
         parts = self._parts or self._start()
         return format_token(parts.policy.namespace, parts.tier.coherence.token())
 
+    def now(self) -> int:
+        """Return the newest stamp that this process has seen: all it knows of is from then or before."""
+        return (self._parts or self._start()).tier.coherence.token()
+
     def latest_token(self) -> str:
         """Return the causal token of all that any process has written so far, for one round trip to L2.
 
@@ -1436,6 +1456,18 @@ class CacheManager:
             return parts.remote.marked(name, within=seconds), True
         except RemoteStoreError:
             return "", False
+
+    def holder(self, key: str, *, within: float | None = None) -> str:
+        """Return who computes *key* just now under a lease, as far as L2 tells *within* so many seconds, or "".
+
+        Never raises for Redis.
+        """
+        parts = self._parts or self._start()
+        if parts.remote is None:
+            return ""
+        with suppress(RemoteStoreError):
+            return parts.remote.holder(key, within=within)
+        return ""
 
     def unmark(self, name: str, *, owner: str = "") -> None:
         """Take a mark away, if it is *owner*'s, where one is given. Never raises for Redis."""

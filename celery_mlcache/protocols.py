@@ -272,6 +272,10 @@ class RemoteStore(Protocol):
         """
         ...
 
+    def holder(self, key: str, *, within: float | None = None) -> str:
+        """Return who holds the key's lease, or "" where nobody does; *within* as in :meth:`read`."""
+        ...
+
     def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
         """Leave *owner*'s mark for so many seconds, if there is none or not *is_new*; return whether it was left."""
         ...

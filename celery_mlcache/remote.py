@@ -148,7 +148,7 @@ class RedisRemote:
         the first such read of a while (:data:`RECALL`) is asked twice.
         """
         names = [self._names.value(key) for key in keys]
-        pace = None if within is None else _Pace(self._clock() + within, is_hurried=True)
+        pace = self._hurry(within)
         if not is_lenient and self._clock() >= self._judged_until:
             found = self._read_plain(names, seen, pace)
             if found is not None:
@@ -396,6 +396,19 @@ class RedisRemote:
             _, word = reply
             return bytes.decode(word)
 
+    def holder(self, key: str, *, within: float | None = None) -> str:
+        """Look who holds the lease."""
+        pace = self._hurry(within)
+        ask = _pack(("HMGET", self._names.lease(key), "until", "owner"))
+        clock, found = self._exchange("holder", _TIME, ask, pace=pace)
+        with self._understanding("holder"):
+            until, owner = found
+            now_ms = int(clock[0]) * 1000 + int(clock[1]) // 1000
+            return bytes.decode(owner) if until and int(until) > now_ms else ""
+
+    def _hurry(self, within: float | None) -> _Pace | None:
+        return None if within is None else _Pace(self._clock() + within, is_hurried=True)
+
     def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
         """Leave a mark, unless there is one that is to stay."""
         command = ("SET", self._names.mark(key), owner, "PX", milliseconds(seconds), *(("NX",) if is_new else ()))
@@ -405,7 +418,7 @@ class RedisRemote:
 
     def marked(self, key: str, *, within: float | None = None) -> str:
         """Return whose mark is there."""
-        pace = None if within is None else _Pace(self._clock() + within, is_hurried=True)
+        pace = self._hurry(within)
         (reply,) = self._exchange("marked", _pack(("GET", self._names.mark(key))), pace=pace)
         with self._understanding("marked"):
             return "" if reply is None else bytes.decode(reply)

@@ -25,6 +25,7 @@ class Explanation:
         maker: Who computed it: ``task id@host``.
         is_error: It is an exception, cached by ``negative``.
         tags: What it can be invalidated by.
+        holder: Who computes it just now: ``host:pid``.
     """
 
     task: str
@@ -39,11 +40,12 @@ class Explanation:
     maker: str | None = None
     is_error: bool = False
     tags: tuple[str, ...] = ()
+    holder: str | None = None
 
     def __str__(self) -> str:
         """Return it for people, a line for each thing that is known."""
         lines = [f"{self.task}: {'hit' if self.is_hit else 'miss'}: {self.why}"]
-        for name in ("key", "level", "age", "remaining", "took", "maker"):
+        for name in ("key", "level", "age", "remaining", "took", "maker", "holder"):
             value = getattr(self, name)
             if value is not None:
                 lines.append(f"  {name:<10}{f'{value:.3f} s' if isinstance(value, float) else value}")

@@ -16,7 +16,7 @@ Mode = Literal["use", "refresh", "bypass", "only", "stale-ok"]
 MODES: Final[tuple[str, ...]] = get_args(Mode)
 HEADER: Final = "mlcache_mode"
 SINCE: Final = "mlcache_since"  # of a task that refreshes: when what it should replace was made
-CALL: Final = "mlcache_call"  # of a call that others may share: (key, fence) of its mark
+CALL: Final = "mlcache_call"  # of a call that others may share
 LEVEL: Final = "mlcache"  # of a request: where its result was found, so far as it is known
 HELD: Final = "mlcache_held"  # fences of the leases that the sender acts under
 

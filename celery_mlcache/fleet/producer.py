@@ -6,7 +6,8 @@ result object would not do: Celery's canvas throws it away and waits for the id 
 
 Not answered here, and sent as ever (the worker finds the same hit): what is part of a chord or chain or has callbacks,
 what is to run later, retries, calls with a mode of their own, eager ones, and all that beat sends, for a periodic task
-that refreshes would otherwise never run. A slow or dead Redis costs the budget, and nothing for a second after that.
+that refreshes would otherwise never run. A slow or dead Redis costs the budget, and nothing for a second after that; a
+result backend on another server has the timeouts that Celery gives it.
 
 Coalescing gives a plain call the AsyncResult of the same call that is under way. Two callers then share one result: a
 ``forget()`` or ``revoke()`` of the one is the other's too. It needs a result backend that anybody can read, and is not
@@ -16,9 +17,9 @@ for calls that anybody tells apart: those with an id, a group, a chord, a chain,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from celery import states
 from celery.app.task import Context
@@ -31,8 +32,8 @@ from celery_mlcache.fleet import lifecycle, modes
 from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.options import INTERRUPTS
 from celery_mlcache.fleet.record import Record, unpack
-from celery_mlcache.fleet.serving import COALESCE, Serving, over_name
-from celery_mlcache.manager import CacheManager
+from celery_mlcache.fleet.serving import COALESCE, Serving, started_name
+from celery_mlcache.manager import Glance, Loaded, Plan
 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask
@@ -49,18 +50,38 @@ def answer(task: CachedTask, args: Any, kwargs: Any, options: dict[str, Any]) ->
     call = _call(task, args, kwargs, options) if _eligible(task, options) else None
     if call is None:
         return task.mlcache_publish(args, kwargs, **options)
-    key, as_sent = call
     serving = task.cache.serving
     budget = _Budget(serving)
-    with suppress(CacheClosedError):  # it is sent then, as any task is
+    sent: list[Any] = []
+
+    def send(task_id: str | None = None) -> Any:
+        more: dict[str, Any] = {}
+        if task_id is not None:  # others may share it
+            more = {"task_id": task_id, "headers": {**(options.get("headers") or {}), modes.CALL: "shared"}}
+        sent.append(task.mlcache_publish(args, kwargs, **{**options, **more}))
+        return sent[0]
+
+    with suppress(CacheClosedError, RemoteStoreError):  # it is sent then, as any task is, and once
+        is_shared = serving.options.coalesce and _is_plain(task, options)
+        glance = budget.glance(call.key)
+        record = unpack(glance.value)
+        record = None if record is None or record.is_error else record
         if serving.options.producer:
-            record = budget.find(key)
-            result = None if record is None else _answered(serving, key, record, (*as_sent, options))
-            if result is not None:
+            is_usable = record is not None and budget.can_store(glance)
+            if record is not None and is_usable and (result := _answered(serving, call, record, options)) is not None:
                 return result
-    if serving.options.coalesce and _is_plain(task, options):
-        return _coalesced(serving, key, budget, (args, kwargs, options))
-    return task.mlcache_publish(args, kwargs, **options)
+            serving.manager.count("producer_misses")
+        if is_shared and record is None and glance.is_answered:
+            return _coalesced(serving, call, glance, budget, send)
+    return sent[0] if sent else send()
+
+
+class _Call(NamedTuple):
+    """A call as it would be sent."""
+
+    key: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def _eligible(task: CachedTask, options: Mapping[str, Any]) -> bool:
@@ -74,10 +95,8 @@ def _eligible(task: CachedTask, options: Mapping[str, Any]) -> bool:
     )
 
 
-def _call(
-    task: CachedTask, args: Any, kwargs: Any, options: Mapping[str, Any]
-) -> tuple[str, tuple[tuple[Any, ...], dict[str, Any]]] | None:
-    """Return the call's key, and its arguments as they would be sent; None where Celery is to say what is wrong."""
+def _call(task: CachedTask, args: Any, kwargs: Any, options: Mapping[str, Any]) -> _Call | None:
+    """Return the call, or None where it has no key, or Celery is to say what is wrong with it."""
     args, kwargs = args or (), kwargs or {}
     if not (isinstance(args, list | tuple) and isinstance(kwargs, Mapping)):
         return None
@@ -90,7 +109,7 @@ def _call(
         if dump is not None and options.get("serializer") != "pickle":
             args, kwargs = dump(args, kwargs)  # as Celery does, from 5.7 on; before, models could not be sent
         args, kwargs = tuple(args), dict(kwargs)
-        return task.cache.serving.keys.key(args, kwargs), (args, kwargs)
+        return _Call(task.cache.serving.keys.key(args, kwargs), args, kwargs)
     except (TypeError, SerializationError, CacheKeyError):
         return None
 
@@ -102,19 +121,23 @@ class _Budget:
         self._serving = serving
         self._until = time.monotonic() + fleet_of(serving.task.app).config.producer_budget
 
-    def find(self, key: str) -> Record | None:
-        """Return a fresh result of the call that is cached, and no exception."""
-        manager = self._serving.manager
-        value = MISS
+    def glance(self, key: str) -> Glance:
+        """Return what is cached, as far as that can be told in time."""
         left = self._left()
-        if left > 0:
-            value, is_answered = manager.get_within(key, left)
-            self._note(is_answered=is_answered)
-        record = unpack(value)
-        if record is None or record.is_error:
-            manager.count("producer_misses")
-            return None
-        return record
+        if left <= 0:
+            return Glance(MISS, is_answered=False)
+        return self._noted(self._serving.manager.glance(key, left))
+
+    def can_store(self, glance: Glance) -> bool:
+        """Return whether Redis answers, where Celery would store the result in one: most often it is L2's.
+
+        L1 may answer for a while after Redis has stopped, and Celery's backend then waits for two minutes.
+        """
+        kinds = type(self._serving.task.backend).__mro__
+        if glance.is_remote or all(kind.__module__ != "celery.backends.redis" for kind in kinds):
+            return True
+        self.marked("alive")
+        return self._left() > 0
 
     def marked(self, name: str) -> str:
         """Return whose mark is set, or ""."""
@@ -122,64 +145,71 @@ class _Budget:
         if left <= 0:
             return ""
         owner, is_answered = self._serving.manager.marked_within(name, left)
-        self._note(is_answered=is_answered)
-        return owner
+        return self._noted(Glance(owner, is_answered)).value  # type: ignore[no-any-return]
+
+    def holder(self, key: str) -> str:
+        """Return who computes the call just now, or ""."""
+        left = self._left()
+        return self._serving.manager.holder(key, within=left) if left > 0 else ""
+
+    def _noted(self, glance: Glance) -> Glance:
+        if not glance.is_answered:
+            self._serving.pause(PAUSE)
+        return glance
 
     def _left(self) -> float:
         return 0.0 if self._serving.is_paused else self._until - time.monotonic()
 
-    def _note(self, *, is_answered: bool) -> None:
-        if not is_answered:
-            self._serving.pause(PAUSE)
 
-
-def _answered(serving: Serving, key: str, record: Record, call: tuple[Any, Any, dict[str, Any]]) -> Any:
+def _answered(serving: Serving, call: _Call, record: Record, options: Mapping[str, Any]) -> Any:
     """Store *record* as the result of this call, and return its AsyncResult; None where that failed."""
     task = serving.task
-    args, kwargs, options = call
     task_id = options.get("task_id") or uuid()
     ignored = options.get("ignore_result")
     ignored = task.ignore_result if ignored is None else ignored
+    result = task.AsyncResult(task_id)
+    result.ignored = ignored
     try:
         if not ignored:
-            _store(task, task_id, record.value, _context(task, task_id, args, kwargs, options))
+            _store(task, result, record.value, _context(task, task_id, call, options))
     except Exception as exc:
         if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
             raise
-        serving.note_error(key, "producer", exc)
+        serving.note_error(call.key, "producer", exc)
         return None
-    result = task.AsyncResult(task_id)
-    result.ignored = ignored
     if options.get("add_to_parent", True):
         parent = task.app.current_worker_task
         if parent is not None:
             parent.add_trail(result)
     serving.manager.count("producer_hits")
-    serving.note_hit(key, "producer", record)
+    serving.note_hit(call.key, "producer", record)
     if serving.options.early and serving.is_early(record):
-        serving.refresh_soon(key, args, kwargs, record)
+        serving.refresh_soon(call.key, call.args, call.kwargs, record)
     return result
 
 
-def _store(task: CachedTask, task_id: str, value: Any, request: Any) -> None:
+def _store(task: CachedTask, result: Any, value: Any, request: Any) -> None:
+    """Store a value as a worker does, and let this very object know it, in the form that it has in the backend."""
     backend = task.backend
-    # As when a message is sent: whoever listens must do so before the result is told, as for AsyncResult.then().
     if hasattr(backend, "binding"):  # rpc: the reply's queue must be there before the reply
         with task.app.producer_or_acquire() as producer:
-            backend.on_task_call(producer, task_id)
-    else:
-        backend.on_task_call(None, task_id)
-    backend.mark_as_done(task_id, value, request)
+            backend.on_task_call(producer, result.id)
+    backend.mark_as_done(result.id, value, request)
+    know: Any = getattr(result, "_maybe_set_cache", None)
+    if know is not None and isinstance(backend, BaseKeyValueStoreBackend):
+        meta = {"status": states.SUCCESS, "result": value, "traceback": None, "children": [], "task_id": result.id}
+        know(backend.meta_from_decoded(backend.decode(backend.encode({**meta, modes.LEVEL: "producer"}))))
 
 
-def _context(task: CachedTask, task_id: str, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Any:
+def _context(task: CachedTask, task_id: str, call: _Call, options: Mapping[str, Any]) -> Any:
     parent = task.app.current_worker_task
     request = parent.request if parent is not None else None
+    stamped = options.get("stamped_headers") or []
     return Context(
         id=task_id,
         task=task.name,
-        args=args,
-        kwargs=kwargs,
+        args=call.args,
+        kwargs=call.kwargs,
         group=options.get("group_id"),
         group_index=options.get("group_index"),
         root_id=options.get("root_id") or (request and (request.root_id or request.id)) or task_id,
@@ -189,6 +219,8 @@ def _context(task: CachedTask, task_id: str, args: Any, kwargs: Any, options: Ma
         delivery_info={},
         hostname=HOSTNAME,
         retries=0,
+        stamped_headers=stamped,
+        stamps={name: options.get(name) for name in stamped},
         mlcache="producer",
     )
 
@@ -207,34 +239,43 @@ def _is_plain(task: CachedTask, options: Mapping[str, Any]) -> bool:
     )
 
 
-def _coalesced(serving: Serving, key: str, budget: _Budget, call: tuple[Any, Any, dict[str, Any]]) -> Any:
-    task, name = serving.task, f"call:{key}"
-    args, kwargs, options = call
-    with suppress(CacheClosedError):
-        owner = budget.marked(name)
-        if owner:
-            result = task.AsyncResult(owner)
-            if result.state in _UNDER_WAY:
-                serving.manager.count("calls_coalesced")
-                return result
-    task_id = uuid()
-    headers = {**(options.get("headers") or {}), modes.CALL: name}
-    sent = task.mlcache_publish(args, kwargs, **{**options, "task_id": task_id, "headers": headers})
-    if not serving.is_paused:
-        with suppress(CacheClosedError, RemoteStoreError):  # whoever calls next sends a message of its own
-            _mark(serving.manager, name, task_id)
-    return sent
+def _coalesced(serving: Serving, call: _Call, seen: Glance, budget: _Budget, send: Callable[..., Any]) -> Any:
+    """Return the AsyncResult of the same call that is under way, or of a message that others may share from now on.
 
-
-def _mark(manager: CacheManager, name: str, task_id: str) -> None:
-    """Name the task that others may wait for, unless it is over.
-
-    Only now that it was sent: a mark must never name a task that was not. Whoever calls in between sends a message of
-    its own, and the workers see to it that it runs once all the same.
+    What names the call under way is an entry of the cache, with the tags of the result, stored by a fenced add after
+    the message was sent: so an invalidation of the call since then, or while it was sent, ends the sharing, and it
+    never names a task that was not sent. Who calls in between sends a message of its own, and the workers see to it
+    that it runs once all the same.
     """
-    if not manager.mark(name, COALESCE, owner=task_id, is_new=False):
-        return
-    over, is_answered = manager.marked_within(over_name(task_id), COALESCE)
-    if over or not is_answered:
-        # A worker was faster, and found no mark to remove: others would wait for what its caller may have forgotten.
-        manager.unmark(name, owner=task_id)
+    task, manager, name = serving.task, serving.manager, f"{call.key}:call"
+    found = budget.glance(name)
+    if found.is_answered and _is_under_way(task, call.key, found.value, seen, budget):
+        manager.count("calls_coalesced")
+        return task.AsyncResult(found.value[0])
+    if not found.is_answered:
+        return send()
+    sent: list[Any] = []
+
+    def load() -> Loaded:
+        task_id, now = uuid(), manager.now()
+        sent.append(send(task_id))
+        return Loaded((task_id, now), COALESCE, tags, is_jittered=False)
+
+    tags = serving.tags_of(type(task)._mlcache_shape.bind(call.args, call.kwargs))  # noqa: SLF001 - our own class
+    plan = Plan(load, tags=tags)
+    shared = (manager.resolve if found.value is MISS else manager.renew)(name, plan)
+    if sent:
+        return sent[0]
+    manager.count("calls_coalesced")  # another thread was sending it
+    return task.AsyncResult(shared.value[0])
+
+
+def _is_under_way(task: CachedTask, key: str, found: Any, seen: Glance, budget: _Budget) -> bool:
+    if not (isinstance(found, tuple | list) and len(found) == 2):  # noqa: PLR2004 - what _coalesced stores
+        return False
+    task_id, since = found
+    state = task.AsyncResult(task_id).state
+    if seen.stamp > since or state not in _UNDER_WAY:
+        return False
+    # A worker that has begun holds the lease until it is done. If nobody does, it is over and forgotten, or has died.
+    return state == states.RETRY or not budget.marked(started_name(task_id)) or bool(budget.holder(key))

@@ -156,7 +156,7 @@ class TaskCache:
         return found.get(modes.LEVEL)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """Tell why a call would, or would not, be answered from the cache; one or two round trips to L2.
+        """Tell why a call would, or would not, be answered from the cache; two or three round trips to L2.
 
         Raises:
             TypeError: The arguments do not fit the task.
@@ -170,7 +170,9 @@ class TaskCache:
             return Explanation(name, None, f"the call has no key, so it always runs: {exc}")
         seen = self.manager.inspect(key)
         record = unpack(seen.value)
-        found = Explanation(name, key, _why(seen, record, is_hit=False), self.serving.keys.parts(bound), tags=tags)
+        holder = self.manager.holder(key) or None
+        why, parts = _why(seen, record, is_hit=False), self.serving.keys.parts(bound)
+        found = Explanation(name, key, why, parts, tags=tags, holder=holder)
         if record is None:
             return found
         error = unpack_error(record.value, self.options.negative) if record.is_error else None
@@ -191,6 +193,7 @@ class TaskCache:
             maker=record.maker,
             is_error=record.is_error,
             tags=seen.tags,
+            holder=holder,
         )
 
     # ---- many calls -----------------------------------------------------------------------------------------

@@ -146,16 +146,10 @@ class Serving:
 
     def _answer_shared(self, call: Call, request: Any, mode: str) -> Any:
         """Answer a message that others may have been told to wait for: see producer.py."""
-        is_over = True
-        try:
-            return self._answer(call, request, mode, is_message=True)
-        except Retry:
-            is_over = False
-            raise
-        finally:
-            name = modes.header_of(request, modes.CALL)
-            if is_over and isinstance(name, str):
-                self._note_over(name, request.id)
+        if isinstance(modes.header_of(request, modes.CALL), str):
+            with suppress(CacheClosedError, RemoteStoreError):
+                self.manager.mark(started_name(request.id), COALESCE, is_new=False)
+        return self._answer(call, request, mode, is_message=True)
 
     def _answer_use(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         try:
@@ -478,12 +472,6 @@ class Serving:
         with suppress(CacheClosedError):  # since this call has begun: it ends as any other
             self.manager.count(name, number)
 
-    def _note_over(self, name: str, task_id: str) -> None:
-        """Tell who has sent a shared call that it is over, and whoever makes the same call that it is gone."""
-        with suppress(CacheClosedError, RemoteStoreError):
-            self.manager.mark(over_name(task_id), COALESCE)  # first: its sender marks the call, then asks for this
-        self._unmark(name, owner=task_id)
-
     def _unmark(self, name: str, *, owner: str = "") -> None:
         with suppress(CacheClosedError):
             self.manager.unmark(name, owner=owner)
@@ -513,6 +501,6 @@ class Serving:
             log.warning(what, extra={"task": self.task.name, "why": str(why)})
 
 
-def over_name(task_id: str) -> str:
-    """Return the name of the mark that tells a call's sender that it is over already."""
-    return f"over:{task_id}"
+def started_name(task_id: str) -> str:
+    """Return the name of the mark of a shared call's task that a worker has begun with."""
+    return f"started:{task_id}"

@@ -252,6 +252,28 @@ class TestHolding:
         assert not remote.release("k", successor.fence, word="again")
 
 
+class TestHolder:
+    def test_who_holds_it(self, remote):
+        """The owner of a lease is told while it lasts, and nobody else's."""
+        assert remote.holder("k") == ""
+        fence = remote.took("k")
+        assert remote.holder("k", within=TIMEOUT) == "me"
+        assert remote.holder("other") == ""
+        remote.release("k", fence, word="again")
+        assert remote.holder("k") == ""
+
+    def test_not_one_that_has_lapsed(self, remote):
+        """Who has died holds nothing."""
+        remote.took("k", lease=0.05)
+        wait_until(lambda: remote.holder("k") == "", what="a lapse")
+
+    def test_garbage_is_nobody(self, remote, client, names):
+        """What is no lease is an error or nobody, and never an owner."""
+        client.hset(names.lease("k"), mapping={"until": "x", "owner": "y"})
+        with pytest.raises(RemoteStoreError):
+            remote.holder("k")
+
+
 class TestFences:
     def test_they_grow_after_a_release_though_the_clock_was_set_back(self, remote, client, names):
         """The record outlives the lease: the next fence is above it, whatever the server's clock says."""
@@ -704,6 +726,19 @@ class TestMarks:
         assert remote.mark("k", 0.05)
         wait_until(lambda: remote.mark("k", 60.0), what="the mark's end")
         remote.unmark("nobody's")
+
+    def test_it_has_an_owner(self, remote):
+        """Who left it can be asked for, may put another in its place, and only the owner takes it away by name."""
+        assert remote.marked("k") == ""
+        assert remote.mark("k", 60.0, owner="me")
+        assert not remote.mark("k", 60.0, owner="you")
+        assert remote.marked("k", within=TIMEOUT) == "me"
+        remote.unmark("k", owner="you")
+        assert remote.marked("k") == "me"
+        assert remote.mark("k", 60.0, owner="you", is_new=False)
+        assert remote.marked("k") == "you"
+        remote.unmark("k", owner="you")
+        assert remote.marked("k") == ""
 
     def test_it_is_nothing_else(self, remote):
         """Neither a value, nor a lease."""

@@ -445,6 +445,10 @@ class Server:
         words, until_ms = self.words.get((key, fence), ([], 0))
         return words.pop() if words and self.now_us() // 1000 < until_ms else None
 
+    def holder(self, key: str) -> str:
+        lease = self._lease(key)
+        return lease.owner if lease is not None and lease.ends_ms > self.now_us() // 1000 else ""
+
     def mark(self, key: str, ms: int, owner: str, *, is_new: bool) -> bool:
         if is_new and self.marked(key):
             return False
@@ -606,6 +610,9 @@ class ScriptedRemote:
             if self.is_down:
                 raise RemoteStoreError("await", "down", outcome_unknown=True)
         return waiter.word or ""
+
+    def holder(self, key: str, *, within: float | None = None) -> str:
+        return str(self._call("holder", lambda: self.server.holder(key)))
 
     def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
         return bool(self._call("mark", lambda: self.server.mark(key, milliseconds(seconds), owner, is_new=is_new)))
