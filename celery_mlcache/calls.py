@@ -148,7 +148,7 @@ class CallKeys:
         self._template = key if isinstance(key, str) else None
         self._function = None if key is None or isinstance(key, str) else key
         self._vary = dict(vary or {})
-        self._named = _names_in(self._template) if self._template is not None else ()
+        self._named = names_in(self._template) if self._template is not None else ()
         self._is_simple = set(_fields_in(self._template or "")) == set(self._named)
         counted = [each for each in shape.names if each not in ignore] if key is None else self._named
         self._counted = KnownNames(counted)
@@ -317,13 +317,14 @@ def _fields_in(template: str) -> Iterator[str]:
             yield from _fields_in(spec or "")
 
 
-def _names_in(template: str) -> tuple[str, ...]:
+def names_in(template: str) -> tuple[str, ...]:
+    """Return the arguments that a template names, each once."""
     return tuple(dict.fromkeys([re.split(r"[.\[]", field, maxsplit=1)[0] for field in _fields_in(template)]))
 
 
 def _template_problems(what: str, template: str, shape: CallShape) -> list[str]:
     try:
-        names = _names_in(template)
+        names = names_in(template)
         known = ", ".join(sorted(shape.names)) or "it has none"
         unknown = [name for name in names if name not in shape.names]
         if unknown:
@@ -382,7 +383,7 @@ def _key_problems(key: object, ignore: object, shape: CallShape) -> list[str]:
         return [*clash, *_function_problems(what, key, shape)]
     if problems := _template_problems(what, key, shape):
         return problems
-    names = _names_in(key)
+    names = names_in(key)
     if not names and shape.names:
         return [f"{what} names no argument, so that all calls would share one result; name those that count"]
     ignored = ignore if isinstance(ignore, (list, tuple, set, frozenset)) else ()

@@ -14,14 +14,19 @@ A lease is re-entrant: what runs on behalf of its holder (a nested call, a task 
 waits for) must not wait for it, for that would be a deadlock (PrefectHQ/prefect#18600). The fences that the running
 code acts under are in :func:`held`; the Celery side sends them along with messages.
 
+What is renewed is held weakly, by the code that loads. A signal handler (Celery's soft time limit) may raise between
+any two steps of it, the end of a ``with`` statement included: a lease that nobody refers to any more lapses.
+
 Thread- and greenlet-safe. Nothing here outlives a fork: the child builds its own, and the parent goes on renewing.
-Under gevent and eventlet the thread is a greenlet: a loader that never yields for longer than a lease loses it, is
-loaded by another process too, and stores nothing over that one's result.
+A loader that holds the GIL, or under gevent and eventlet the hub, for longer than a lease loses it, is loaded by
+another process too, and stores nothing over that one's result.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar, Token
@@ -52,7 +57,7 @@ class Lease:
         word: What those who wait are told when it is given back.
     """
 
-    __slots__ = ("_leases", "_token", "fence", "is_borrowed", "key", "renew_at", "word")
+    __slots__ = ("__weakref__", "_leases", "_token", "fence", "is_borrowed", "key", "renew_at", "word")
 
     def __init__(self, leases: Leases, key: str, fence: int, *, is_borrowed: bool = False) -> None:
         self.key = key
@@ -97,7 +102,8 @@ class Leases:
         self._owner = owner
         self._clock = clock
         self._counts = counts
-        self._held: dict[int, Lease] = {}
+        self._pid = os.getpid()
+        self._held: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
         # Re-entrant: a signal handler or finalizer that runs under it may use the cache.
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
@@ -149,6 +155,8 @@ class Leases:
 
     def give_back(self, lease: Lease) -> None:
         """Give *lease* back and wake those who wait; never raises for Redis: it lapses then."""
+        if os.getpid() != self._pid:
+            return  # this process was forked inside of the load: the lease is the parent's, and so may the lock be
         with self._changed:
             self._held.pop(id(lease), None)
         with suppress(RemoteStoreError):
@@ -181,16 +189,18 @@ class Leases:
                     self._changed.wait()
                 if self._is_closed:
                     return
-                now = self._clock()
-                due = min(lease.renew_at for lease in self._held.values())
-                if due > now:
-                    self._changed.wait(due - now)
-                    continue
                 # All that is held in one go: then what comes due next comes due together.
                 batch = list(self._held.values())
+                pause = min((lease.renew_at for lease in batch), default=0.0) - self._clock()
+                if batch and pause > 0:
+                    batch.clear()  # or it would hold what nobody else does
+                    self._changed.wait(pause)
             self._renew(batch)
+            batch.clear()
 
     def _renew(self, batch: list[Lease]) -> None:
+        if not batch:
+            return
         asked_at = self._clock()
         try:
             kept = self._store.renew([(lease.key, lease.fence) for lease in batch], lease=self.seconds)
@@ -206,6 +216,12 @@ class Leases:
             with self._changed:
                 # Lost, or given back while we asked. The loader goes on; its result is fenced.
                 self._held.pop(id(lease), None)
+
+
+def begin() -> None:
+    """Forget what this thread or greenlet held: where a message begins, it is what an interrupt has left behind."""
+    if _HELD.get():
+        _HELD.set(())
 
 
 def held() -> tuple[int, ...]:

@@ -55,6 +55,7 @@ _Collection = list[str] | tuple[str, ...] | set[str] | frozenset[str]
 
 BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
 MAX_CAS_TRIES: Final = 100
+MAX_LOST: Final = 3  # times that L2 may fail a call over a lease, though it answers reads, before it loads without
 MAX_TTL: Final = 10 * 365 * 86400.0  # seconds; far above it Redis refuses the command
 
 log = logging.getLogger("celery_mlcache")
@@ -380,9 +381,9 @@ class CacheManager:
         return default if stale is None else stale.read()
 
     def _find_slow(self, parts: Parts, key: str) -> Answer | None:
-        value = parts.tier.look(key)
+        value, is_stale = parts.tier.look_closely(key)
         if value is not MISS:
-            return Answer(value, "l1")
+            return Answer(value, "stale" if is_stale else "l1")
         if parts.remote is not None:
             with parts.tier.tickets((key,)) as tickets:
                 value = self._fetch(parts, parts.remote, tickets)[0].value
@@ -577,9 +578,9 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         key = check_key(key)
-        value = parts.tier.look(key)
+        value, is_stale = parts.tier.look_closely(key)
         if value is not MISS:
-            return Answer(value, "l1")
+            return Answer(value, "stale" if is_stale else "l1")
         if parts.remote is None and parts.tier.local is None:
             parts.stats.misses += 1
             return self._load_alone(parts, plan)  # switched off: every loader runs
@@ -615,7 +616,7 @@ class CacheManager:
     def _lead(self, parts: Parts, flight: Flight, departure: Departure, plan: Plan, give_up: float) -> Answer:
         """Find or load for everybody who follows this flight."""
         key = departure.ticket.key
-        is_stale_asked = plan.wants_stale
+        is_stale_asked, lost = plan.wants_stale, 0
         while True:
             (found,) = self._find_many(parts, [departure.ticket])
             departure.tags = (*departure.tags, *found.shelved.tags)  # before the token: then these are what counts
@@ -631,7 +632,8 @@ class CacheManager:
                     return Answer(stale.read(), "stale")  # who follows finds it too, and knows what it is
                 is_stale_asked = False
             turn = self._take_turn(parts, found, plan, give_up)
-            if turn is None:
+            lost += turn is False
+            if turn is None or lost > MAX_LOST:
                 break
             if isinstance(turn, Shelved):
                 parts.stats.misses += 1
@@ -647,7 +649,8 @@ class CacheManager:
     def _take_turn(self, parts: Parts, found: _Found, plan: Plan, give_up: float) -> Lease | Shelved | bool | None:
         """Ask for the fleet's lease, and wait for it if that is the plan.
 
-        Returns the lease; or a stale value, for one is being loaded; or True: look again; or None: load without.
+        Returns the lease; or a stale value, for one is being loaded; or True: look again; or False: the same, for L2
+        has failed, and whether that was a connection or the server the next look tells; or None: load without.
         """
         if parts.leases is None or not plan.is_shared or found.is_unanswered:
             return None
@@ -661,7 +664,7 @@ class CacheManager:
             return grant.has_value or self._contend(parts, parts.leases, key, grant, plan=plan, left=left)
         except RemoteStoreError as exc:
             self._failed(parts, exc)
-            return None
+            return False
 
     def _contend(
         self, parts: Parts, leases: Leases, key: str, grant: Grant, *, plan: Plan, left: float
@@ -791,7 +794,7 @@ class CacheManager:
             shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
         except SerializationError as exc:
             parts.stats.unserializable += 1
-            if parts.policy.strict and not loaded.is_optional:
+            if parts.policy.strict and not (loaded.is_optional or isinstance(exc, _TooLargeError)):
                 raise
             if parts.stats.unserializable == 1:
                 log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})

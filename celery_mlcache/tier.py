@@ -116,9 +116,13 @@ class Tier:
 
     def look(self, key: str) -> Any:
         """Return what L1 may answer beyond the front, or MISS."""
+        return self.look_closely(key)[0]
+
+    def look_closely(self, key: str) -> tuple[Any, bool]:
+        """Return what L1 may answer, or MISS, and whether that is without a lease, for want of anything better."""
         local, coherence = self.local, self.coherence
         if local is None:
-            return MISS
+            return MISS, False
         is_stale = False
         with self._lock:
             # The clock last: a pause after it can only make the answer as old as the pause.
@@ -129,12 +133,12 @@ class Tier:
                 entry, is_stale = local.peek(key), True
             else:
                 self._stats.bypassed += 1
-                return MISS
+                return MISS, False
         if entry is None or now >= entry.deadline:
-            return MISS
+            return MISS, False
         self._stats.l1_hits += 1
         self._stats.stale_served += is_stale
-        return entry.read()
+        return entry.read(), is_stale
 
     def live(self, key: str) -> Entry | None:
         """Return L1's entry where L1 is all there is."""

@@ -26,7 +26,6 @@ from celery_mlcache.fleet.errands import Errands
 from celery_mlcache.manager import CacheManager, Parts
 
 PREFIX: Final = "mlcache_"
-TASKS: Final = "mlcache_tasks"  # options by task name, "*" for all
 URL_SETTINGS: Final = ("mlcache_redis_url", "mlcache_backend_url")
 MASK: Final = "********"
 _ATTRIBUTE: Final = "_mlcache_fleet"
@@ -209,7 +208,9 @@ def _own_settings(conf: Any) -> dict[str, str]:
     namespace = getattr(conf, "prefix", None) or ""
     names = {raw: raw.removeprefix(namespace) for raw in list(conf) if isinstance(raw, str)}
     # The tasks' options are no settings of the cache.
-    return {raw: name for raw, name in names.items() if name.lower().startswith(PREFIX) and name.lower() != TASKS}
+    return {
+        raw: name for raw, name in names.items() if name.lower().startswith(PREFIX) and name.lower() != lifecycle.TASKS
+    }
 
 
 def hide_passwords(conf: Any, hidden: dict[str, str]) -> None:

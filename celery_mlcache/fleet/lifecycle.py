@@ -33,6 +33,7 @@ from celery_mlcache.errors import ConfigurationError
 if TYPE_CHECKING:
     from celery_mlcache.fleet.app import Fleet
 
+TASKS: Final = "mlcache_tasks"  # of app.conf: options by task name, "*" for all
 CHILD_BUDGET: Final = 0.05  # seconds: SIGKILL follows a hard time limit after 0.1
 MAIN_BUDGET: Final = 0.5
 
@@ -87,6 +88,9 @@ def on_worker_init(sender: Any, **_: Any) -> None:
         config = fleet.config
         for task in sender.app.tasks.values():
             getattr(task, "mlcache_check", _NOTHING)()
+        unknown = sorted({*(sender.app.conf.get(TASKS) or {})} - {"*", *sender.app.tasks})
+        if unknown:
+            log.warning("mlcache_tasks names tasks that this worker does not have", extra={"tasks": unknown})
     except ConfigurationError as exc:
         # Only BaseException passes through a signal. A worker with a cache that cannot work must not look healthy.
         msg = f"celery_mlcache: {exc}"

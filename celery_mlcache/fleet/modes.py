@@ -18,6 +18,7 @@ HEADER: Final = "mlcache_mode"
 SINCE: Final = "mlcache_since"  # of a task that refreshes: when what it should replace was made
 CALL: Final = "mlcache_call"  # of a call that others may share
 LEVEL: Final = "mlcache"  # of a request: where its result was found, so far as it is known
+BEGUN: Final = "_mlcache_begun"  # of a request: its own look-up has begun, so that a copy of it is a nested call's
 HELD: Final = "mlcache_held"  # fences of the leases that the sender acts under
 
 
@@ -36,7 +37,7 @@ def mode_of(task: Any, request: Any) -> str:
         given = header_of(request, HEADER)
         stamps = getattr(request, "stamps", None)
         if given is None and isinstance(stamps, dict):
-            given = stamps.get(HEADER)
+            given = stamps.get(HEADER) or stamps.get(LEVEL)
             given = given[0] if isinstance(given, list | tuple) and given else given
     if given is None:
         given = ambient_mode(task)
@@ -45,7 +46,7 @@ def mode_of(task: Any, request: Any) -> str:
 
 def is_nested(request: Any) -> bool:
     """Return whether this is a direct call out of the same task's body: Celery gives it a copy of the request."""
-    return LEVEL in request.__dict__
+    return BEGUN in request.__dict__
 
 
 def ambient_mode(task: Any) -> str | None:

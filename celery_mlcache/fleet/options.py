@@ -15,7 +15,13 @@ from typing import Any, Final, get_args
 
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskPredicate
 
-from celery_mlcache.errors import ConfigurationError, is_interrupt
+from celery_mlcache.errors import (
+    CallInProgressError,
+    ConfigurationError,
+    MLCacheError,
+    NotCachedError,
+    is_interrupt,
+)
 from celery_mlcache.keys import check_tags
 from celery_mlcache.manager import Contention, check_stale_ttl, check_ttl
 
@@ -143,13 +149,13 @@ class Options:
 
     def negative_life(self, error: BaseException) -> float | None:
         """Return for how many seconds *error* is cached, or None; the class nearest to its own decides."""
-        if not self.negative or isinstance(error, INTERRUPTS) or is_interrupt(error):
-            return None
+        if not self.negative or isinstance(error, (*INTERRUPTS, MLCacheError)) or is_interrupt(error):
+            return None  # ours say something of this moment, and nothing of the call
         return next((self.negative[kind] for kind in type(error).__mro__ if kind in self.negative), None)
 
     def forgives(self, error: Exception) -> bool:
         """Return whether a stale result may stand in for *error*."""
-        if isinstance(error, INTERRUPTS):
+        if isinstance(error, (*INTERRUPTS, CallInProgressError, NotCachedError)):
             return False
         return isinstance(error, self.stale_if_error) if isinstance(self.stale_if_error, tuple) else self.stale_if_error
 

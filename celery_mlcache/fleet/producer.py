@@ -33,6 +33,7 @@ from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.options import INTERRUPTS
 from celery_mlcache.fleet.record import Record, unpack
 from celery_mlcache.fleet.serving import COALESCE, Serving, started_name
+from celery_mlcache.keys import MAX_KEY_BYTES
 from celery_mlcache.manager import Glance, Loaded, Plan
 
 if TYPE_CHECKING:
@@ -41,7 +42,11 @@ if TYPE_CHECKING:
 PAUSE: Final = 1.0  # seconds for which nothing is asked after the budget was overrun
 HOSTNAME: Final = "mlcache"  # in the result's metadata: no worker has computed it
 _SENT: Final = ("chord", "chain", "link", "link_error", "retries", "eta", "countdown")
-_TOLD_APART: Final = ("task_id", "group_id", "expires", "reply_to", "root_id", "parent_id", *_SENT)
+_TOLD_APART: Final = (
+    *("task_id", "group_id", "expires", "reply_to", "root_id", "parent_id", *_SENT),
+    *("queue", "exchange", "routing_key", "priority", "time_limit", "soft_time_limit", "stamped_headers"),
+)
+QUEUED: Final = 10.0  # seconds for which a call is shared that no worker has begun with: its message may be lost
 _UNDER_WAY: Final = frozenset({states.PENDING, states.RECEIVED, states.STARTED, states.RETRY})
 
 
@@ -196,9 +201,10 @@ def _store(task: CachedTask, result: Any, value: Any, request: Any) -> None:
             backend.on_task_call(producer, result.id)
     backend.mark_as_done(result.id, value, request)
     know: Any = getattr(result, "_maybe_set_cache", None)
-    if know is not None and isinstance(backend, BaseKeyValueStoreBackend):
-        meta = {"status": states.SUCCESS, "result": value, "traceback": None, "children": [], "task_id": result.id}
-        know(backend.meta_from_decoded(backend.decode(backend.encode({**meta, modes.LEVEL: "producer"}))))
+    make: Any = getattr(backend, "_get_result_meta", None)
+    if know is not None and make is not None and isinstance(backend, BaseKeyValueStoreBackend):
+        meta = make(result=value, state=states.SUCCESS, traceback=None, request=request)
+        know(backend.meta_from_decoded(backend.decode(backend.encode({**meta, "task_id": result.id}))))
 
 
 def _context(task: CachedTask, task_id: str, call: _Call, options: Mapping[str, Any]) -> Any:
@@ -236,6 +242,7 @@ def _is_plain(task: CachedTask, options: Mapping[str, Any]) -> bool:
         and task.expires is None
         and isinstance(task.backend, BaseKeyValueStoreBackend)
         and not any(options.get(name) is not None for name in _TOLD_APART)
+        and not set(options.get("headers") or ()) - {modes.HEADER}
     )
 
 
@@ -248,6 +255,8 @@ def _coalesced(serving: Serving, call: _Call, seen: Glance, budget: _Budget, sen
     that it runs once all the same.
     """
     task, manager, name = serving.task, serving.manager, f"{call.key}:call"
+    if len(name.encode()) > MAX_KEY_BYTES:
+        return send()
     found = budget.glance(name)
     if found.is_answered and _is_under_way(task, call.key, found.value, seen, budget):
         manager.count("calls_coalesced")
@@ -259,7 +268,7 @@ def _coalesced(serving: Serving, call: _Call, seen: Glance, budget: _Budget, sen
     def load() -> Loaded:
         task_id, now = uuid(), manager.now()
         sent.append(send(task_id))
-        return Loaded((task_id, now), COALESCE, tags, is_jittered=False)
+        return Loaded((task_id, now, time.time()), COALESCE, tags, is_jittered=False)
 
     tags = serving.tags_of(type(task)._mlcache_shape.bind(call.args, call.kwargs))  # noqa: SLF001 - our own class
     plan = Plan(load, tags=tags)
@@ -271,11 +280,21 @@ def _coalesced(serving: Serving, call: _Call, seen: Glance, budget: _Budget, sen
 
 
 def _is_under_way(task: CachedTask, key: str, found: Any, seen: Glance, budget: _Budget) -> bool:
-    if not (isinstance(found, tuple | list) and len(found) == 2):  # noqa: PLR2004 - what _coalesced stores
+    if not (isinstance(found, tuple | list) and len(found) == 3):  # noqa: PLR2004 - what _coalesced stores
         return False
-    task_id, since = found
-    state = task.AsyncResult(task_id).state
+    task_id, since, sent_at = found
+    try:
+        state = task.AsyncResult(task_id).state
+    except Exception as exc:
+        if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
+            raise
+        task.cache.serving.note_error(key, "producer", exc)
+        return False
     if seen.stamp > since or state not in _UNDER_WAY:
         return False
     # A worker that has begun holds the lease until it is done. If nobody does, it is over and forgotten, or has died.
-    return state == states.RETRY or not budget.marked(started_name(task_id)) or bool(budget.holder(key))
+    if state == states.RETRY:
+        return True
+    if budget.marked(started_name(task_id)):
+        return bool(budget.holder(key))
+    return bool(0 <= time.time() - sent_at <= QUEUED)

@@ -15,8 +15,8 @@ from celery_mlcache.calls import CallKeys, source_version
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import CacheKeyError, ConfigurationError, SerializationError
 from celery_mlcache.fleet import modes
-from celery_mlcache.fleet.app import TASKS
 from celery_mlcache.fleet.explain import Explanation
+from celery_mlcache.fleet.lifecycle import TASKS
 from celery_mlcache.fleet.options import Options
 from celery_mlcache.fleet.record import Record, unpack, unpack_error
 from celery_mlcache.fleet.serving import Serving
@@ -152,7 +152,10 @@ class TaskCache:
         "refresh", "bypass", "uncacheable". None before it is there, and where the result backend keeps no more than
         Celery's own columns.
         """
-        found: dict[str, Any] = result._get_task_meta()  # noqa: SLF001 - Celery has no public way
+        try:
+            found: dict[str, Any] = result._get_task_meta()  # noqa: SLF001 - Celery has no public way
+        except (AttributeError, NotImplementedError):  # there is no result backend
+            return None
         return found.get(modes.LEVEL)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:

@@ -24,15 +24,15 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property, partial
 from math import log as ln
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Retry
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError, OperationalError
 
-from celery_mlcache.calls import CallKeys
+from celery_mlcache import leases
+from celery_mlcache.calls import CallKeys, names_in
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import (
     CacheClosedError,
@@ -48,14 +48,16 @@ from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.lineage import ancestry
 from celery_mlcache.fleet.options import INTERRUPTS, Options, seconds
 from celery_mlcache.fleet.record import Record, pack_error, unpack, unpack_error
-from celery_mlcache.keys import check_tags
+from celery_mlcache.keys import check_tags, wire
 from celery_mlcache.manager import MAX_TTL, Answer, CacheManager, Loaded, Plan, check_ttl
 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask
 
 COALESCE: Final = 60.0  # seconds for which the same call may be answered by one that is under way
+MARK_SENDING: Final = 5.0  # seconds after which another process sends a refresh, where one has died sending it
 MARK_LIFE: Final = 60.0  # seconds after which a refresh that was sent, and has not been heard of since, is sent again
+UNSENDABLE: Final = 300.0  # seconds for which no refresh of a call is sent whose arguments could not be
 ASK_AGAIN: Final = 1.0  # seconds after which this process asks again for a refresh that it has asked for
 MAX_ASKED: Final = 4096  # keys that it remembers so
 NO_BROKER: Final = 5.0  # seconds for which no refresh is sent after the broker was not there
@@ -81,6 +83,7 @@ class Call:
     error: Exception | None = None  # what it has raised, if that is cached
     result: Any = None
     took: float = 0.0  # seconds
+    has_begun: bool = False  # its function
 
 
 class Serving:
@@ -95,6 +98,9 @@ class Serving:
         self._paused_until = 0.0
         self._asked: dict[str, float] = {}  # until when a refresh need not be asked for again, by key
         self._no_broker_until = 0.0
+        self._unsendable: dict[str, float] = {}  # until when no refresh of a call is sent, for its arguments cannot be
+        templates = () if callable(options.tags) else options.tags
+        self._tag_names = tuple(dict.fromkeys(name for template in templates for name in names_in(template)))
 
     @cached_property
     def manager(self) -> CacheManager:
@@ -117,6 +123,10 @@ class Serving:
         request = self.task.request
         is_message = self._is_message(request)
         mode = modes.mode_of(self.task, request)
+        since = None if modes.is_nested(request) else modes.header_of(request, modes.SINCE)
+        request.__dict__[modes.BEGUN] = True  # only now: what comes of this request from here on is nested
+        if is_message:
+            leases.begin()
         if mode == "bypass":
             return self._run_uncached(run, args, kwargs, "bypass")
         try:
@@ -130,12 +140,16 @@ class Serving:
             if mode == "only":
                 raise NotCachedError(self.task.name, "", f"the call has no key: {exc}") from exc
             return self._run_uncached(run, args, kwargs, "uncacheable")
-        if not modes.is_nested(request):  # asked before the level is noted, by which nested calls are known
-            call.since = modes.header_of(request, modes.SINCE)
+        call.since = since
         request.__dict__[modes.LEVEL] = mode if mode == "refresh" else "miss"  # what the body sees, if it runs
-        if is_message and self.options.coalesce:
-            return self._answer_shared(call, request, mode)
-        return self._answer(call, request, mode, is_message=is_message)
+        try:
+            if is_message and self.options.coalesce:
+                return self._answer_shared(call, request, mode)
+            return self._answer(call, request, mode, is_message=is_message)
+        except CacheClosedError:
+            if call.has_begun:
+                raise  # it is the body's own
+            return run(*args, **kwargs)
 
     def _answer(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         if mode == "only":
@@ -260,7 +274,7 @@ class Serving:
         return Plan(
             lambda: self._load(call),
             tags=call.tags,
-            wants_stale=self.takes_stale(mode),
+            wants_stale=self.takes_stale(mode) and not self._remembers(self._unsendable, call.key),
             forgives=options.forgives if options.stale_ttl else None,
             is_shared=True,
             contention=contention,
@@ -276,13 +290,15 @@ class Serving:
     def _load(self, call: Call) -> Loaded:
         """Run the function; what it raises passes, or is what is stored."""
         options = self.options
-        began = time.monotonic()
+        call.has_begun, began = True, time.monotonic()
         try:
             call.result = modes.run_apart(self.task, call.run)
         except Exception as exc:
             life = options.negative_life(exc)
             packed = None if life is None else pack_error(exc)
-            if life is None or packed is None:
+            # A good result that is still there is worth more than the news that it cannot be had now.
+            is_spared = call.since is not None and options.forgives(exc)
+            if life is None or packed is None or is_spared:
                 raise
             call.error, call.took = exc, time.monotonic() - began
             call.record = self._record(packed, call.took, life, is_error=True)
@@ -350,11 +366,11 @@ class Serving:
         templates = self.options.tags
         if not templates or callable(templates):
             return (self.own_tag,)
-        # As in the key: on its way through the broker an enum becomes its value.
-        wire = {name: value.value if isinstance(value, Enum) else value for name, value in bound.items()}
         try:
-            return check_tags((self.own_tag, *[template.format_map(wire) for template in templates]))
-        except CacheKeyError:
+            # As in the key: what a call is invalidated by must not depend on which side of the broker it is made.
+            known = {name: wire(bound[name], f"arguments[{name!r}]") for name in self._tag_names if name in bound}
+            return check_tags((self.own_tag, *[template.format_map(known) for template in templates]))
+        except (CacheKeyError, SerializationError):
             raise
         except Exception as exc:  # whatever a user's __format__ raises
             raise CacheKeyError(", ".join(templates), f"cannot be made from these arguments: {exc!r}", "tag") from exc
@@ -376,7 +392,9 @@ class Serving:
 
     def _retry(self, request: Any, why: CallInProgressError) -> None:
         """Send the message again, for later, and end this execution. The user's own retries are not touched."""
-        countdown = max(why.remaining, RETRY_AT_LEAST) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
+        # A server whose clock was set back counts leases by the hour.
+        remaining = min(why.remaining, self._config.single_flight_lease)
+        countdown = max(remaining, RETRY_AT_LEAST) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
         again = self.task.signature_from_request(request, countdown=countdown, retries=request.retries)
         try:
             self.task.mlcache_publish(again.args, again.kwargs, **again.options)
@@ -392,24 +410,31 @@ class Serving:
 
     def refresh_soon(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record) -> None:
         """See to it that one task, in the whole fleet, computes a call anew. Waits for nothing, and never raises."""
-        now = time.monotonic()
-        if now < self._asked.get(key, 0.0):
+        if self._remembers(self._asked, key):
             return  # a hot key has thousands of readers
-        if len(self._asked) >= MAX_ASKED:
-            self._asked.clear()
-        self._asked[key] = now + ASK_AGAIN
+        self._remember(self._asked, key, ASK_AGAIN)
         job = partial(self._refresh_now, key, args, kwargs, record.made_at)
         if self.task.app.conf.task_always_eager:
             job()
         elif not fleet_of(self.task.app).errands.ask(job):
             self._count("refreshes_failed")
 
+    @staticmethod
+    def _remember(table: dict[str, float], key: str, seconds: float) -> None:
+        if len(table) >= MAX_ASKED:
+            table.clear()
+        table[key] = time.monotonic() + seconds
+
+    @staticmethod
+    def _remembers(table: Mapping[str, float], key: str) -> bool:
+        return time.monotonic() < table.get(key, 0.0)
+
     def _refresh_now(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], since: float) -> None:
         """Send the task that refreshes a call, unless somebody in the fleet has; in the thread for errands."""
         mark = self._mark_name(key)
         is_first = False
         with suppress(CacheClosedError, RemoteStoreError):
-            is_first = self.manager.mark(mark, MARK_LIFE)
+            is_first = self.manager.mark(mark, MARK_SENDING)
         if not is_first:
             return
         if time.monotonic() < self._no_broker_until:
@@ -424,6 +449,8 @@ class Serving:
             self._note_unsent(key, exc)
         else:
             self._count("refreshes_sent")
+            with suppress(CacheClosedError, RemoteStoreError):
+                self.manager.mark(mark, MARK_LIFE, is_new=False)
 
     def _note_unsent(self, key: str, error: Exception | None) -> None:
         """Let somebody else try; *error* is None where it was not even tried."""
@@ -431,6 +458,8 @@ class Serving:
         self._count("refreshes_failed")
         if error is None:
             return
+        if isinstance(error, EncodeError | TypeError | ValueError):  # of its arguments; computed where it is called
+            self._remember(self._unsendable, key, UNSENDABLE)
         if isinstance(error, OperationalError | OSError):
             self._no_broker_until = time.monotonic() + NO_BROKER
         self._warn_once("a refresh could not be sent", error)
@@ -463,8 +492,11 @@ class Serving:
 
     def is_early(self, record: Record) -> bool:
         """Return whether to refresh now, by XFetch: the likelier, the sooner it ends and the longer it takes."""
+        ends, now = record.made_at + record.life, time.time()
+        if not record.made_at <= now < ends:
+            return False  # it is fresh, so a clock is wrong; there is no telling how long it lasts
         ahead = -record.seconds * self.options.early * ln(1.0 - random.random())  # noqa: S311 - a sample
-        return time.time() + ahead >= record.made_at + record.life
+        return now + ahead >= ends
 
     # ---- what is told ---------------------------------------------------------------------------------------
 

@@ -107,6 +107,8 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
             ValueError: *mlcache* is none of these.
         """
         options |= dict(zip(_REST, rest, strict=False))
+        if mlcache is not None and modes.LEVEL in (options.get("stamped_headers") or ()):
+            options[modes.LEVEL] = mlcache  # a stamp of this name, which Celery takes out of the options itself
         self._mlcache_choose(mlcache, options)
         settings = self.cache.options
         if settings.producer or settings.coalesce:
