@@ -1,8 +1,8 @@
 """``make bench``: the ratios the README quotes, each pair interleaved in one run on a private Redis.
 
 Absolute times belong to this machine and minute; the ratios are what to compare. Prints the load before and after.
-``make bench ARGS=staleness`` (or ``experiments``, ``fanout``, ``tracking``) runs another bench, ``ARGS="staleness
-idle"`` a part of it.
+``make bench ARGS=staleness`` (or ``experiments``, ``fanout``, ``tracking``, ``wakeup``) runs another bench,
+``ARGS="staleness idle"`` a part of it; ``ARGS=peers`` plays the peers' scenarios and writes ``PEERS.md`` (minutes).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from celery_mlcache import CacheManager, create_cache_manager
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
-OTHERS = ("experiments", "staleness", "fanout", "tracking")
+OTHERS = ("experiments", "staleness", "fanout", "tracking", "peers", "wakeup")
 ROUNDS = 15
 KEYS = 10_000
 
