@@ -439,8 +439,8 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         key = check_key(key)
-        value = parts.tier.look(key)
-        if value is not MISS or parts.remote is None:
+        value, is_stale = parts.tier.look_closely(key)
+        if parts.remote is None or (value is not MISS and not is_stale):
             return Glance(value, is_answered=True)
         with parts.tier.tickets((key,)) as tickets:
             try:

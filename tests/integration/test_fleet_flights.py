@@ -15,7 +15,7 @@ from celery_mlcache import CacheManager, CallInProgressError, create_cache_manag
 from celery_mlcache.entry import MISS
 from celery_mlcache.keys import RedisNames
 from celery_mlcache.leases import Leases, held
-from celery_mlcache.manager import Answer, Loaded, Plan
+from celery_mlcache.manager import Answer, Glance, Loaded, Plan
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.redis
@@ -227,6 +227,34 @@ class TestOutcomes:
             redis_server.freeze()
             found = cache.inspect("k")
         assert (found.value, found.level) == ("v", "l1")
+
+
+class TestGlance:
+    def test_what_it_finds(self, fleet):
+        """A value from L2 or L1; or when the key was last removed, in the order of writes."""
+        before = fleet.b.now()
+        assert fleet.b.glance("k", TIMEOUT) == Glance(MISS, is_answered=True, stamp=0, is_remote=True)
+        fleet.a.set("k", 1)
+        found = fleet.b.glance("k", TIMEOUT)
+        assert (found.value, found.is_answered, found.is_remote, found.stamp > before) == (1, True, True, True)
+        wait_until(lambda: not fleet.b.glance("k", TIMEOUT).is_remote, TIMEOUT, "an answer from L1")
+        fleet.a.delete("k")
+        gone = wait_until(lambda: (seen := fleet.b.glance("k", TIMEOUT)).value is MISS and seen, TIMEOUT)
+        assert gone.stamp > found.stamp
+        assert fleet.b.now() >= gone.stamp
+
+    def test_nothing_that_is_served_for_want_of_better(self, redis_server, namespace):
+        """With on_disconnect="serve" L1 goes on answering, as stale; an answer that must be fresh is not among them."""
+        with create_cache_manager(
+            redis_url=redis_server.url, cache_namespace=namespace, on_disconnect="serve", max_stale=600
+        ) as cache:
+            cache.set("k", "v")
+            wait_until(lambda: cache.find("k") == Answer("v", "l1"), TIMEOUT)
+            redis_server.kill()
+            wait_until(lambda: cache.stats()["lease"] == "lapsed", TIMEOUT)
+            assert cache.find("k") == Answer("v", "stale")
+            assert cache.resolve("k", plan_of(never)) == Answer("v", "stale")
+            assert cache.glance("k", 0.05)[:2] == (MISS, False)
 
 
 class TestContention:
