@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from celery_mlcache import MISS, CacheManager, create_cache_manager
+from celery_mlcache.manager import Loaded, Plan
 from tests.support import mutants
 from tests.support.history import Deed, Note, Outcome, Recorder, Verb
 from tests.support.oracle import text_of, version_in
@@ -285,7 +286,17 @@ class _Worker:
                 time.sleep(dawdle)
                 return text_of(self.keys[key], version)
 
-            self._answered(deed, key, self.cache.get_or_set(self.keys[key], loader, self._ttl(), tags=self._tags(key)))
+            self._answered(deed, key, self._load(self.keys[key], loader, self._ttl(), self._tags(key)))
+
+    def _load(self, name: str, loader: Callable[[], str], ttl: float | None, tags: Sequence[str]) -> Any:
+        """Load as users do, or as cached tasks do: under a lease of the whole fleet, or as a refresh."""
+        choice = self.rng.random()
+        if choice < 0.5:
+            return self.cache.get_or_set(name, loader, ttl, tags=tags)
+        plan = Plan(lambda: Loaded(loader(), ttl, tuple(tags)), tags=tuple(tags), is_shared=True, max_wait=1.0)
+        if choice < 0.9:
+            return (self.cache.front(name) or self.cache.resolve(name, plan)).value
+        return self.cache.renew(name, plan).value
 
     def _answered(self, deed: Deed, key: int, answer: Any) -> None:
         if answer is MISS:

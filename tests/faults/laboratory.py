@@ -287,8 +287,9 @@ class _Round:
                 + laws.render(verdict.violations, self.zero, self.faults)
             )
             keep = os.environ.get("MLCACHE_LAB_KEEP")  # a folder for the files of rounds that failed
-            if keep and not self.plan.mutant:
-                shutil.copytree(self.folder, Path(keep) / f"seed-{self.seed}-{int(time.time())}", dirs_exist_ok=True)
+            if keep and not self.plan.mutant:  # without the pipes
+                target = Path(keep) / f"seed-{self.seed}-{int(time.time())}"
+                shutil.copytree(self.folder, target, ignore=shutil.ignore_patterns("mail-*"), dirs_exist_ok=True)
         return verdict
 
     # ---- faults -------------------------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass
 
 import pytest
 from celery import Celery, _state
 from celery import signals as celery_signals
 from celery.app.trace import build_tracer
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
@@ -26,6 +28,7 @@ from celery_mlcache.fleet import serving, signals
 from celery_mlcache.fleet.app import find_fleet
 from celery_mlcache.fleet.record import unpack
 from celery_mlcache.keys import RedisNames
+from celery_mlcache.leases import Lease, held
 from tests.support.ports import HOST, free_port
 from tests.support.waiting import wait_until
 
@@ -443,6 +446,16 @@ class TestSingleFlight:
         first.result(LONG)
         assert deliver(message, two) == ("SUCCESS", "gated")
 
+    def test_retry_comes_again_within_one_lease(self, fleet, redis):
+        """Where a lease seems to last for an hour, for the clock was set back, the message does not wait that long."""
+        two = fleet.task(forbidden, on_contention="retry", settings={"single_flight_lease": 2.0})
+        far = int(time.time() * 1000) + 3_600_000
+        redis.hset(fleet.lease(two), mapping={"fence": 1000 * far, "until": far, "waiters": 0, "owner": "dead"})
+        state, why = execute(two)
+        assert state == "RETRY"
+        assert why.exc.remaining > 3000
+        assert 0 < why.when <= 2.0
+
     @pytest.mark.parametrize("kind", ["direct", "eager", "nested"])
     def test_retry_elsewhere_waits(self, fleet, kind):
         """Where nobody else could take the message up again, "retry" waits."""
@@ -656,6 +669,25 @@ class TestReentrancy:
             None,
         ]
 
+    def test_what_an_interrupt_has_left_behind_is_forgotten(self, fleet, monkeypatch):
+        """A message acts under its own lease only, whatever the one before it in this thread did not get to let go."""
+        seen = []
+        one = fleet.task(lambda _: seen.append(held()))
+
+        def interrupted(*_):
+            raise SoftTimeLimitExceeded
+
+        def work():
+            with monkeypatch.context() as patch:
+                patch.setattr(Lease, "__exit__", interrupted)
+                assert execute(one, 1)[0] == "FAILURE"
+            assert held() == seen[0]
+            execute(one, 2)
+
+        copy_context().run(work)
+        assert [len(fences) for fences in seen] == [1, 1]
+        assert seen[0] != seen[1]
+
     def test_held_is_given_back(self, fleet):
         """After the call, messages name nothing."""
         one = fleet.task(numbered())
@@ -776,6 +808,60 @@ class TestStale:
         assert two() == 1
         assert len(fleet.sent) == 2
         assert deliver(fleet.sent[1], one) == ("SUCCESS", 2)
+
+    @pytest.mark.parametrize("was", ["stale", "fresh"])
+    @pytest.mark.parametrize("forgive", [True, NotFoundError, False])
+    def test_a_refresh_that_fails_with_what_would_be_cached(self, fleet, monkeypatch, was, forgive):
+        """A good result that is still there stays; only where no error is forgiven does the error take its place."""
+        options = {
+            "ttl": 60,
+            "stale_ttl": 60,
+            "early": True,
+            "negative": {NotFoundError: 30},
+            "stale_if_error": forgive,
+        }
+        monkeypatch.setattr(serving.Serving, "is_early", lambda self, record: was == "fresh")
+        one, two = fleet.task(numbered(), **options), fleet.task(forbidden, **options)
+        assert one() == 1
+        if was == "stale":
+            one.cache.manager.expire(one.cache.key())
+        assert two() == 1
+        (message,) = fleet.sent
+        monkeypatch.setattr(serving.Serving, "is_early", lambda self, record: False)
+
+        def body(_):
+            raise NotFoundError("a")
+
+        failing = fleet.task(body, **options)
+        assert deliver(message, failing)[0] == "FAILURE"
+        if forgive:
+            assert two() == 1
+        else:
+            with pytest.raises(NotFoundError):
+                two()
+
+    def test_arguments_that_cannot_be_sent(self, fleet):
+        """After one try the call is computed where it is made, and others are served stale results as ever."""
+        one = fleet.task(numbered(), ttl=60, stale_ttl=60)
+        assert [one({1, 2}), one(5)] == [1, 2]
+        for arg in ({1, 2}, 5):
+            one.cache.manager.expire(one.cache.key(arg))
+        assert one({1, 2}) == 1
+        assert (stat(one, "refreshes_failed"), stat(one, "refreshes_sent")) == (1, 0)
+        assert [one({1, 2}), one({1, 2}), one(5)] == [3, 3, 2]
+        assert (stat(one, "refreshes_failed"), stat(one, "refreshes_sent")) == (1, 1)
+
+    def test_the_mark_is_short_until_the_message_is_sent(self, fleet, redis, monkeypatch):
+        """A process that dies while it sends a refresh holds others up for seconds; a sent message, for longer."""
+        gate = Gate()
+        _, two, _ = self.aged(fleet)
+        monkeypatch.setattr(two, "mlcache_publish", lambda *_, **__: gate())
+        assert two() == 1
+        gate.wait_entered()
+        assert 0 < redis.pttl(fleet.mark(two)) <= 1000 * serving.MARK_SENDING
+        gate.opened.set()
+        assert stat(two, "refreshes_sent") == 1
+        assert 1000 * serving.MARK_SENDING < redis.pttl(fleet.mark(two)) <= 1000 * serving.MARK_LIFE
 
     def test_queue_and_priority(self, fleet):
         """They reach the message; refresh_async() takes them too."""
@@ -999,6 +1085,26 @@ class TestModes:
         assert (message.headers["mlcache_mode"], message.headers["mine"]) == ("refresh", 1)
         assert deliver(message, one) == ("SUCCESS", 2)
 
+    def test_a_header_of_the_users_that_is_named_like_ours(self, fleet, redis):
+        """With a header "mlcache" that means something else a message is a message: it has its mode, and can retry."""
+        one = fleet.task(numbered(), on_contention="retry")
+        assert one(1) == 1
+        assert execute(one, 1, headers={"mlcache": "mine", "mlcache_mode": "refresh"}) == ("SUCCESS", 2)
+        soon = int(time.time() * 1000) + 5000
+        redis.hset(fleet.lease(one, 2), mapping={"fence": 1000 * soon, "until": soon, "waiters": 0, "owner": "else"})
+        assert execute(one, 2, headers={"mlcache": "mine"})[0] == "RETRY"
+
+    def test_a_stamp_that_is_named_like_the_option(self, fleet):
+        """A stamp "mlcache" is a mode, where the headers do not get."""
+        one = fleet.task(numbered())
+        assert one() == 1
+        stamped = one.s()
+        stamped.stamp(mlcache="refresh")
+        stamped.apply_async()
+        (message,) = fleet.sent
+        message.headers.pop("mlcache_mode", None)
+        assert deliver(message, one) == ("SUCCESS", 2)
+
     def test_a_retry_in_a_worker_keeps_the_mode(self, fleet):
         """``self.retry()`` sends it along."""
         app = fleet.app()
@@ -1100,6 +1206,28 @@ class TestTrouble:
             redis_server.thaw()
             gate.opened.set()
             assert first.result(LONG) in {"gated", 7}
+
+    def test_what_is_served_for_want_of_better_is_stale(self, redis_server, namespace, told):
+        """With ``on_disconnect="serve"`` an answer of L1 without a lease is told as stale, and not as a hit."""
+        with ExitStack() as stack:
+            fleet = Fleet(redis_server.url, namespace, stack)
+            settings = {"l1_enabled": True, "on_disconnect": "serve", "max_stale": LONG, "staleness_bound": 1.0}
+            one, levels = fleet.task(numbered(), settings=settings), []
+            assert one() == 1
+            wait_until(lambda: one() == 1 and told[-1][1].get("level") == "l1", LONG, "a hit in L1")
+            redis_server.kill()
+            wait_until(lambda: one.cache.manager.stats()["lease"] != "held", LONG, "the end of the lease")
+            del told[:]
+
+            def postrun(sender, task, **_):
+                levels.append(task.request.mlcache)
+
+            celery_signals.task_postrun.connect(postrun, sender=one, weak=False)
+            assert execute(one) == ("SUCCESS", 1)
+            celery_signals.task_postrun.disconnect(postrun, sender=one)
+            assert ([name for name, _ in told], levels) == (["cache_stale"], ["stale"])
+            assert one.apply(mlcache="only").get() == 1
+            assert [name for name, _ in told] == ["cache_stale"] * 2
 
     def test_the_mark_of_a_lost_refresh_ends(self, fleet, redis):
         """A message that was lost is sent again when its mark has ended, and no later."""

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
 from typing import Any
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_mlcache import CacheManager, CallInProgressError, create_cache_manager
 from celery_mlcache.entry import MISS
 from celery_mlcache.keys import RedisNames
-from celery_mlcache.leases import Leases, held
-from celery_mlcache.manager import Answer, Glance, Loaded, Plan
+from celery_mlcache.leases import Lease, Leases, held
+from celery_mlcache.manager import MAX_LOST, Answer, Glance, Loaded, Plan
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.redis
 
 LEASE = 0.3  # seconds: short enough to wait for, long enough for a loaded machine to renew in time
 TIMEOUT = 15.0
+LONG = 30.0  # a lease that lasts longer than any test
 
 
 class Fleet:
@@ -343,6 +348,7 @@ class TestLeases:
         client = shared_redis.client(decode_responses=True)
         until = lambda: int(client.hget(fleet.names.lease("k"), "until"))  # noqa: E731
         for _ in range(4):
+            gc.collect()  # what renews it does not keep it: the code that loads does
             before = until()
             wait_until(lambda before=before: until() > before, TIMEOUT, "a renewal")
         assert not leases_of(fleet.b).ask("k", seen=None, is_waiting=False).is_mine
@@ -368,6 +374,36 @@ class TestLeases:
         assert fleet.b.get("k", MISS) is MISS
         assert fleet.a.get("k", MISS) is MISS
         assert (fleet.a.stats()["leases_lost"], fleet.a.stats()["fills_refused"]) == (1, 1)
+
+    @pytest.mark.parametrize("where", ["hold", "__enter__", "__exit__", "give_back"])
+    def test_a_lease_whose_holder_was_interrupted_lapses(self, fleet, monkeypatch, where):
+        """A signal handler may raise between any two steps of a load: what nobody refers to any more is not renewed."""
+        leases = leases_of(fleet.a)
+        hold, renew, is_renewed = leases.hold, leases._renew, threading.Event()
+
+        def renew_and_tell(batch: list[Lease]) -> None:
+            renew(batch)
+            if batch:
+                is_renewed.set()
+
+        def interrupted(*args: Any) -> None:
+            if where == "hold":
+                hold(*args)
+            raise SoftTimeLimitExceeded
+
+        def load() -> Loaded:
+            assert is_renewed.wait(TIMEOUT)  # the thread that renews has had the lease in hand, too
+            return Loaded("v", is_kept=False)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(leases, "_renew", renew_and_tell)
+            patch.setattr(Lease if where.startswith("_") else leases, where, interrupted)
+            with pytest.raises(SoftTimeLimitExceeded):  # in a context of its own, for fences may be left in it
+                copy_context().run(fleet.a.resolve, "k", plan_of(load))
+        gc.collect()
+        wait_until(lambda: len(leases) == 0, TIMEOUT, "the end of what nobody holds")
+        assert fleet.b.resolve("k", plan_of(lambda: "next", max_wait=TIMEOUT)).value == "next"
+        assert fleet.b.stats()["takeovers"] == 1
 
     def test_a_lease_that_was_lost_is_renewed_no_more(self, fleet, shared_redis):
         """When Redis has forgotten a lease, or another one has it, the thread lets it go."""
@@ -415,6 +451,37 @@ class TestLeases:
         assert first.result(TIMEOUT).value == "parent"
         assert fleet.a.stats()["leases_lost"] == 0
 
+    def test_a_child_that_was_forked_inside_of_a_load_gives_nothing_back(self, fleet):
+        """Its copy of the lease is the parent's, and so may the lock be, which nobody in the child will release."""
+        parent = fleet.join(single_flight_lease=LONG)  # for it is not renewed while the lock is held
+        leases = leases_of(parent)
+        lease = leases.hold("k", leases.ask("k", seen=None, is_waiting=False))
+        is_locked, may_unlock = threading.Event(), threading.Event()
+
+        def lock() -> None:
+            with leases._changed:
+                is_locked.set()
+                may_unlock.wait(TIMEOUT)
+
+        other = fleet.pool.submit(lock)
+        assert is_locked.wait(TIMEOUT)
+        pid = os.fork()
+        if not pid:  # pragma: no cover - another process
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)  # the end of one that waits for the lock
+            with lease:
+                pass
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        may_unlock.set()
+        other.result(TIMEOUT)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert not leases_of(fleet.b).ask("k", seen=None, is_waiting=False).is_mine
+        with lease:
+            pass
+        assert leases_of(fleet.b).ask("k", seen=None, is_waiting=False).is_mine
+        assert parent.stats()["leases_lost"] == 0
+
     def test_a_refresh_takes_the_lease_and_waits_for_nobody(self, fleet):
         """Others who miss wait for a refresh; a refresh itself waits for nobody, and may have to yield."""
         gate = Gate("fresh")
@@ -454,6 +521,41 @@ class TestFaults:
         assert second.result(TIMEOUT).value == "mine"
         gate.may_end.set()
         assert first.result(TIMEOUT).value == "v"
+
+    def test_a_connection_that_is_lost_while_one_waits_is_no_reason_to_load(self, lonely, redis_server):
+        """Who waits on a connection that breaks looks again, and waits on: the value is loaded once."""
+        gate = Gate("v")
+        first = lonely.start(lonely.a, gate)
+        assert gate.began.wait(TIMEOUT)
+        second = lonely.start(lonely.b, never)
+        client = redis_server.client(decode_responses=True)
+
+        def waiters() -> list[str]:
+            return [each["id"] for each in client.client_list() if each["cmd"] == "blpop"]
+
+        (lost,) = wait_until(waiters, TIMEOUT, "a call that waits")
+        assert client.client_kill_filter(_id=lost) == 1
+        wait_until(lambda: waiters() and waiters() != [lost], TIMEOUT, "a call that waits again")
+        gate.may_end.set()
+        assert (first.result(TIMEOUT).value, second.result(TIMEOUT).value) == ("v", "v")
+        assert (gate.runs, lonely.b.stats()["l2_errors"]) == (1, 1)
+
+    def test_a_server_that_lets_nobody_wait_is_asked_a_few_times(self, lonely, redis_server, monkeypatch):
+        """Where BLPOP is forbidden a call asks for the lease a few times more, and loads without."""
+        redis_server.client().execute_command("ACL", "SETUSER", "default", "-blpop")
+        gate = Gate("v")
+        first = lonely.start(lonely.a, gate)
+        assert gate.began.wait(TIMEOUT)
+        leases = leases_of(lonely.b)
+        ask, asked = leases.ask, []
+        monkeypatch.setattr(leases, "ask", lambda *args, **options: asked.append(args) or ask(*args, **options))
+        second = lonely.start(lonely.b, lambda: "mine", max_wait=3600)
+        try:
+            assert second.result(TIMEOUT).value == "mine"
+        finally:
+            gate.may_end.set()
+        assert first.result(TIMEOUT).value == "mine"
+        assert len(asked) == MAX_LOST + 1
 
     def test_waiting_ends_when_redis_is_frozen(self, lonely, redis_server):
         """... and when it stops answering: after a second and a socket timeout, not after max_wait."""

@@ -11,7 +11,8 @@ from celery import Celery, _state
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 
 from celery_mlcache import CachedTask, cached_task, setup_cache
-from celery_mlcache.errors import ConfigurationError
+from celery_mlcache.errors import CallInProgressError, ConfigurationError, NotCachedError, RemoteStoreError
+from celery_mlcache.fleet import lifecycle
 from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.options import CONTENTIONS, OPTION_NAMES, Options
 
@@ -195,6 +196,22 @@ class TestJudgements:
         assert not options.forgives(error)
         assert not of(stale_ttl=5, stale_if_error=Exception).forgives(error)
 
+    @pytest.mark.parametrize(
+        ("error", "is_forgiven"),
+        [
+            (CallInProgressError("k", "somebody", 1.0), False),
+            (NotCachedError("shop.price", "k", "it is not"), False),
+            (RemoteStoreError("read", "down"), True),
+        ],
+        ids=["in-progress", "not-cached", "l2"],
+    )
+    def test_what_the_cache_says_is_no_result(self, error, is_forgiven):
+        """It is of this moment, so it is never cached; what says how a call wants the cache no stale result covers."""
+        options = of(negative={Exception: 30}, stale_ttl=5, stale_if_error=True)
+        assert options.negative_life(error) is None
+        assert options.forgives(error) is is_forgiven
+        assert of(stale_ttl=5, stale_if_error=Exception).forgives(error) is is_forgiven
+
     def test_which_errors_are_forgiven(self):
         """Every one, none, or those of the classes and what is derived from them."""
         assert of().forgives(KeyError())
@@ -279,6 +296,16 @@ class TestPrecedence:
         for check in (lambda: task.cache, task.mlcache_check, lambda: task("a"), lambda: task.delay("a")):
             with pytest.raises(ConfigurationError, match=told):
                 check()
+
+    @pytest.mark.parametrize("name", ["pirce", "*", "shop.price"])
+    def test_options_of_a_task_that_a_worker_does_not_have(self, app, caplog, name):
+        """A name in ``mlcache_tasks`` that no task has is logged where a worker starts; it may be another worker's."""
+        self.task(app)
+        app.conf.mlcache_tasks = {name: {"ttl": 1}}
+        app.finalize()
+        lifecycle.on_worker_init(sender=type("Worker", (), {"app": app, "pool_cls": "solo"}))
+        logged = [each.tasks for each in caplog.records if each.message.startswith("mlcache_tasks names tasks that")]
+        assert logged == ([["pirce"]] if name == "pirce" else [])
 
     def test_a_wrong_annotation(self, app):
         """It names the task."""

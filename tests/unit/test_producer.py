@@ -19,8 +19,9 @@ from celery_mlcache import CachedTask, cached_task, setup_cache
 from celery_mlcache.fleet import lifecycle, modes
 from celery_mlcache.fleet import signals as our_signals
 from celery_mlcache.fleet.app import fleet_of
-from celery_mlcache.fleet.producer import PAUSE
+from celery_mlcache.fleet.producer import PAUSE, QUEUED
 from celery_mlcache.fleet.serving import started_name
+from celery_mlcache.keys import MAX_KEY_BYTES
 
 BUDGET = 0.05  # seconds
 FAST = 1.0  # seconds, on a slow machine
@@ -406,6 +407,14 @@ TOLD_APART = {
     "root_id": {"root_id": "r"},
     "parent_id": {"parent_id": "p"},
     "ignore_result": {"ignore_result": True},
+    "queue": {"queue": "special"},
+    "exchange": {"exchange": "special", "routing_key": "special"},
+    "routing_key": {"routing_key": "special"},
+    "priority": {"priority": 0},
+    "time_limit": {"time_limit": 60},
+    "soft_time_limit": {"soft_time_limit": 60},
+    "own header": {"headers": {"mine": 1}},
+    "own stamp": {"stamped_headers": ["mine"], "mine": ["x"]},
     **SENT_ALL_THE_SAME,
 }
 
@@ -418,6 +427,78 @@ def test_a_call_that_anybody_tells_apart_is_sent(joint, sent, what, is_first):
     results = [joint.apply_async((1,), **each) for each in options]
     assert [result.id for result in results] == sent
     assert len(set(sent)) == 2
+
+
+def test_a_call_that_wants_the_cache_is_shared(joint, sent):
+    """The mode "use" tells no call apart from one without."""
+    assert {joint.apply_async((1,), mlcache="use").id, joint.delay(1).id} == set(sent)
+    assert len(sent) == 1
+
+
+@pytest.mark.parametrize("room", [0, len(":call") - 1, len(":call")])
+def test_a_call_whose_key_is_nearly_too_long_is_sent(shared, runs, sent, room):
+    """Where there is no room in a key for the name of a shared call, each is sent; with just enough, one is shared."""
+    task = make_double(shared, runs, coalesce=True, key="{x}")
+    x = "x" * (MAX_KEY_BYTES - room - len(task.cache.key("x")) + 1)
+    assert len(task.cache.key(x)) == MAX_KEY_BYTES - room
+    assert {task.delay(x).id, task.delay(x).id} == set(sent)
+    assert len(sent) == (1 if room == len(":call") else 2)
+
+
+@pytest.mark.parametrize(
+    ("age", "is_shared"), [(QUEUED - 1, True), (QUEUED + 1, False), (-1, False)], ids=["young", "old", "of-the-future"]
+)
+def test_a_call_that_no_worker_has_begun_with_is_shared_for_a_while(joint, sent, monkeypatch, age, is_shared):
+    """A message may be lost: who comes later than that sends one of its own, and so does who has another clock."""
+    first, now = joint.delay(1), time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + age)
+        second = joint.delay(1)
+    assert (second.id == first.id) is is_shared
+    assert sent == list(dict.fromkeys([first.id, second.id]))
+
+
+def test_a_call_that_a_worker_has_begun_with_is_shared_however_long_it_takes(joint, sent, monkeypatch):
+    """That limit is for messages: a call that is computed is under way, whenever it was sent."""
+    first, now = joint.delay(1), time.time()
+    joint.cache.manager.mark(started_name(first.id), 60)
+    assert joint.cache.manager._parts.leases.ask(joint.cache.key(1), seen=None, is_waiting=False).is_mine
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + QUEUED + 1)
+        assert joint.delay(1).id == first.id
+
+
+def test_a_result_backend_that_cannot_be_asked_shares_nothing(shared, joint, sent, monkeypatch):
+    """Where the state of the call under way cannot be had, the next one is sent, and it is told."""
+    told = []
+
+    def on_error(what, error, **_):
+        told.append((what, type(error)))
+
+    def fail(*args, **kwargs):
+        raise ConnectionError
+
+    our_signals.cache_error.connect(on_error)
+    first = joint.delay(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.backend, "get", fail)
+        second = joint.delay(1)
+    assert sent == [first.id, second.id]
+    assert told == [("producer", ConnectionError)]
+    assert joint.delay(1).id == second.id
+
+
+def test_what_interrupts_the_look_at_a_shared_call_passes(shared, joint, sent, monkeypatch):
+    """A soft time limit that is met there ends the task that calls, and sends nothing."""
+
+    def interrupt(*args, **kwargs):
+        raise SoftTimeLimitExceeded
+
+    first = joint.delay(1)
+    monkeypatch.setattr(shared.backend, "get", interrupt)
+    with pytest.raises(SoftTimeLimitExceeded):
+        joint.delay(1)
+    assert sent == [first.id]
 
 
 @pytest.mark.parametrize("backend", ["rpc://", "disabled://"])

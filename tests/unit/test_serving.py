@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import logging
 import math
@@ -14,10 +15,11 @@ import pytest
 from celery import Celery, _state, chain, group
 from celery import signals as celery_signals
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from kombu.utils import json as wire
 
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
-from celery_mlcache.errors import CacheClosedError, CallInProgressError, NotCachedError
+from celery_mlcache.errors import CacheClosedError, CallInProgressError, NotCachedError, SerializationError
 from celery_mlcache.fleet import modes, serving, signals
 from celery_mlcache.fleet.record import Record, unpack
 
@@ -30,6 +32,10 @@ class NotFoundError(Exception):
 
 class GoneError(NotFoundError):
     pass
+
+
+class Size(str, enum.Enum):  # noqa: UP042 - its text is not its value, unlike a StrEnum's
+    LARGE = "l"
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +223,18 @@ class TestWhatIsCached:
         assert [task(), task()] == ["x" * 1000] * 2
         assert [what["what"] for name, _, what in told if name == "cache_error"] == ["value"] * 2
         assert app.mlcache.stats()["loads"] == 2
+
+    def test_max_size_if_strict(self, app):
+        """What is too large is no error of the task's, not even with ``strict``; what the codec refuses is one then."""
+        setup_cache(app, l2_enabled=False, strict=True)
+        task = counting(app, lambda n: "x" * 1000, max_size=500)
+        assert [task(), task()] == ["x" * 1000] * 2
+        assert app.mlcache.stats()["unserializable"] == 2
+        with pytest.raises(SerializationError):
+            counting(app, lambda n: object(), max_size=500)()
+
+    def test_max_size_is_no_obstacle_to_small_ones(self, app):
+        """A result that is small enough is cached."""
         small = counting(app, lambda n: "x" * 10, max_size=500)
         assert small.cache.get() is MISS
         assert small() == small.cache.get() == "x" * 10
@@ -234,6 +252,26 @@ class TestWhatIsCached:
         assert set(task.cache.explain(1).tags) == {f"task:{task.name}", "x:1", "r:3"}
         app.mlcache.invalidate_tags("r:3")
         assert task.cache.get(1) is MISS
+
+    @pytest.mark.parametrize(
+        "value",
+        [(1, 2), [1, (2, (3,))], {1: 2}, {"a": {2: (1,)}}, Size.LARGE, [Size.LARGE], 1.0, True, None, "a b"],
+        ids=repr,
+    )
+    def test_tags_are_those_of_the_message(self, app, value):
+        """A direct call has the tags of the same call out of a message, so that both are invalidated by them."""
+        task = counting(app, tags=["x:{x}"])
+        (sent,) = wire.loads(wire.dumps([value]))
+        assert task.cache.tags(value) == task.cache.tags(sent)
+        assert task.cache.key(value) == task.cache.key(sent)
+        assert task(value) == 1
+        app.mlcache.invalidate_tags(task.cache.tags(sent)[1])
+        assert task(sent) == 2
+
+    def test_tags_take_what_is_inside_of_an_argument(self, app):
+        """Items can be named, and they are those of the message."""
+        task = counting(app, tags=["x:{x[0]}"])
+        assert task.cache.tags(((1, 2), 3))[1:] == task.cache.tags([[1, 2], 3])[1:] == ("x:[1, 2]",)
 
     def test_key_ignore_version_vary(self, app):
         """They reach the key through the decorator."""
@@ -328,11 +366,14 @@ class TestNegative:
 
     @pytest.mark.parametrize(
         "error",
-        [Retry(), Ignore(), Reject("no"), SoftTimeLimitExceeded(), SystemExit(3)],
+        [
+            *(Retry(), Ignore(), Reject("no"), SoftTimeLimitExceeded(), SystemExit(3)),
+            *(CallInProgressError("k", "somebody", 1.0), NotCachedError("t", "k", "no")),
+        ],
         ids=lambda e: type(e).__name__,
     )
-    def test_never_what_tells_the_worker_what_to_do(self, app, error):
-        """Not even where Exception is named."""
+    def test_never_what_says_nothing_of_the_call(self, app, error):
+        """What tells the worker what to do, and what the cache says of a call inside, though Exception is named."""
         task = self.task(app, [error], negative={Exception: 30})
         with pytest.raises(type(error)):
             task()
@@ -393,13 +434,16 @@ class TestModes:
         task = counting(app)
         assert [task.apply(mlcache="use").get(), task.apply().get()] == [1, 1]
 
-    @pytest.mark.parametrize("way", ["apply", "apply_async", "set", "sig.apply", "sig.apply_async", "header", "stamp"])
+    @pytest.mark.parametrize(
+        "way", ["apply", "apply_async", "set", "sig.apply", "sig.apply_async", "header", "stamp", "short"]
+    )
     def test_ways_to_say_it(self, app, way):
         """A mode is said to apply(), apply_async(), in a signature, as a header or as a stamp."""
         task = counting(app)
         assert task() == 1
-        stamped = task.s()
+        stamped, short = task.s(), task.s()
         stamped.stamp(mlcache_mode="refresh")
+        short.stamp(mlcache="refresh")
         result = {
             "apply": lambda: task.apply(mlcache="refresh"),
             "apply_async": lambda: task.apply_async(mlcache="refresh"),
@@ -408,6 +452,7 @@ class TestModes:
             "sig.apply_async": lambda: task.s().apply_async(mlcache="refresh"),
             "header": lambda: task.apply_async(headers={"mlcache_mode": "refresh", "mine": 1}),
             "stamp": stamped.apply_async,
+            "short": short.apply_async,
         }[way]()
         assert result.get() == 2
         assert [task(), task.apply().get()] == [2, 2]
@@ -655,6 +700,15 @@ class Connected:
 
 
 class TestTaskCache:
+    def test_level_of_a_result_that_no_backend_keeps(self):
+        """It is None, and no error."""
+        app = Celery("no-backend", broker="memory://", set_as_current=False)
+        setup_cache(app, l2_enabled=False)
+        task = counting(app)
+        assert task.cache.level_of(task.AsyncResult("1")) is None
+        app.mlcache.close()
+        app.close()
+
     def test_get_set_invalidate(self, app):
         """They read, replace and drop one call's result; options decide what set() stores."""
         task = counting(app, cache_if=lambda value: value != "no", cache_none=False)
@@ -843,6 +897,24 @@ class TestTrouble:
         assert [after(), after.apply().get()] == [1, 2]
         with pytest.raises(CacheClosedError):
             after.cache.get()
+
+    def test_a_body_that_uses_a_closed_cache(self, app):
+        """The error of its own is raised, and the function runs once, whether its own cache is closed or not."""
+        runs = []
+
+        def body(n):
+            runs.append(n)
+            raise CacheClosedError("another")
+
+        task = counting(app, body)
+        for call in (task, task.apply):
+            with pytest.raises(CacheClosedError, match="another"):
+                call()
+        app.mlcache.close()
+        for call in (task, task.apply):
+            with pytest.raises(CacheClosedError, match="another"):
+                call()
+        assert runs == [1, 2, 3, 4]
 
     def test_closed_before_a_hit_is_counted(self, app):
         """A found result is returned though the cache was closed since."""
