@@ -28,7 +28,8 @@ from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.keys import RedisNames
 from celery_mlcache.leases import Leases
 from celery_mlcache.local import Local
-from celery_mlcache.manager import CacheManager, Parts, Policy
+from celery_mlcache.manager import CacheManager
+from celery_mlcache.parts import Parts, Policy
 from celery_mlcache.protocols import Connector
 from celery_mlcache.remote import RedisRemote, Script, abandon_socket
 from celery_mlcache.route import Address, ClusterGuide, Fixed, Guided, Route, SentinelGuide

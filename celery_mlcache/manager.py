@@ -1,224 +1,46 @@
-"""The cache manager: the only file in which the order of the levels is written.
+"""The cache manager: what users call, and the order in which levels are asked.
 
 How a look-up flows::
 
     get(key) ── lease and front ──▶ value                            L1, one frame, no lock
         └── _get_slow ── tier.look ──▶ value                         L1, under its lock
-               └── _fetch ── open a ticket, read L2 ──▶ value        L2, one round trip
+               └── transfer.fetch ── open a ticket, read L2 ──▶ value    L2, one round trip
                       ├── the ticket still admits it? keep a copy
-                      └── MISS ──▶ default, or the loader (get_or_set) and a fenced fill
+                      └── MISS ──▶ default, or loading.resolve (get_or_set): the loader and a fenced fill
 
-Whether a copy is true is :class:`~celery_mlcache.tier.Tier`'s to decide; this file asks it and moves values.
+Whether a copy is true is :class:`~celery_mlcache.tier.Tier`'s to decide. How values get from one level to another,
+:class:`~celery_mlcache.transfer.Transfer` knows; who loads what none has, :class:`~celery_mlcache.loading.Loading`.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 
-from celery_mlcache.backplane import Backplane
-from celery_mlcache.breaker import CircuitBreaker
-from celery_mlcache.coherence import Coherence, Departure, Ticket
+from celery_mlcache.coherence import Coherence, Ticket
 from celery_mlcache.entry import MISS, Entry
-from celery_mlcache.errors import (
-    CacheClosedError,
-    CallInProgressError,
-    CodecError,
-    NotAnIntegerError,
-    RemoteStoreError,
-    SerializationError,
-    is_interrupt,
-)
+from celery_mlcache.errors import CacheClosedError, CodecError, NotAnIntegerError, RemoteStoreError
 from celery_mlcache.keys import check_key, check_prefix, check_tags, format_token, parse_token
-from celery_mlcache.leases import ALONE, Lease, Leases, held
-from celery_mlcache.protocols import Fence, Grant, RemoteStore, Shelved, Snapshot, ValueCodec
-from celery_mlcache.singleflight import Flight, SingleFlight
+from celery_mlcache.loading import Loading
+from celery_mlcache.parts import Parts
+from celery_mlcache.plans import Answer, Glance, Inspection, Loaded, Plan, check_stale_ttl, check_ttl
+from celery_mlcache.protocols import RemoteStore, Shelved, Snapshot
 from celery_mlcache.stats import Stats
-from celery_mlcache.tier import Tier
-from celery_mlcache.wire import HEAD_SIZE, MAX_INTEGER
+from celery_mlcache.transfer import TooLargeError, Transfer, batches, check_size, shelved_of
+from celery_mlcache.wire import MAX_INTEGER
 
 T = TypeVar("T")
-Contention = Literal["wait", "stale", "retry", "compute", "raise"]
-Level = Literal["l1", "l2", "shared", "miss", "stale"]
 _Sum = tuple[int, int, float, tuple[str, ...]]  # stamp, number, seconds left, tags
 _Collection = list[str] | tuple[str, ...] | set[str] | frozenset[str]
 
-BATCH: Final = 500  # keys in one script: Redis serves nobody else meanwhile
 MAX_CAS_TRIES: Final = 100
-MAX_LOST: Final = 3  # times that L2 may fail a call over a lease, though it answers reads, before it loads without
-MAX_TTL: Final = 10 * 365 * 86400.0  # seconds; far above it Redis refuses the command
-
-log = logging.getLogger("celery_mlcache")
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The settings that the manager itself decides by; all times in seconds."""
-
-    namespace: str
-    l2_ttl: float = 3600.0
-    ttl_jitter: float = 0.0
-    is_signed: bool = False
-    strict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What one process's cache is made of; the factory makes it, and makes it again after a fork."""
-
-    policy: Policy
-    codec: ValueCodec
-    tier: Tier
-    flights: SingleFlight
-    stats: Stats
-    remote: RemoteStore | None = None
-    backplane: Backplane | None = None
-    breaker: CircuitBreaker | None = None
-    leases: Leases | None = None
-    abandon: Callable[[], None] | None = None  # in a forked child: let go of inherited sockets
-
-
-class Loaded(NamedTuple):
-    """What a loader made, and how it is to be kept.
-
-    Attributes:
-        value: The value.
-        life: Seconds that it lives; None for the default.
-        tags: What it can be invalidated by, beside its key.
-        stale_life: Seconds beyond its life for which it is kept in L2, to be served stale.
-        is_kept: Whether it is to be stored at all.
-        is_jittered: Whether the cache's jitter shortens its life.
-        max_size: Bytes that it may take in Redis; None for any.
-        is_optional: Where it cannot be stored, that is no error even if ``strict``.
-    """
-
-    value: Any
-    life: float | None = None
-    tags: tuple[str, ...] = ()
-    stale_life: float = 0.0
-    is_kept: bool = True
-    is_jittered: bool = True
-    max_size: int | None = None
-    is_optional: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a look-up goes on where no level has a value; for :meth:`CacheManager.resolve`.
-
-    Attributes:
-        load: Makes the value.
-        tags: Those of its tags that are known before.
-        wants_stale: A stale value will do, and nobody loads then.
-        forgives: Says of an Exception that *load* has raised whether a stale value may stand in for it.
-        is_shared: One load at a time in the whole fleet, by a lease; else in this process.
-        contention: What to do while another one loads.
-        max_wait: Seconds to wait for others in all; None for the cache's setting.
-        ancestry: Returns fences of leases that this call must not wait for, beside those of :func:`leases.held`.
-    """
-
-    load: Callable[[], Loaded]
-    tags: tuple[str, ...] = ()
-    wants_stale: bool = False
-    forgives: Callable[[Exception], bool] | None = None
-    is_shared: bool = False
-    contention: Contention = "wait"
-    max_wait: float | None = None
-    ancestry: Callable[[], Sequence[int]] = tuple
-
-
-class Answer(NamedTuple):
-    """What a look-up has come to.
-
-    Attributes:
-        value: The value.
-        level: Where it was found. "shared": another caller in this process was just loading it; "miss": nowhere.
-        is_loaded: This caller's own loader made it. Where it ran and another's value won, this is that value.
-        error: What the loader raised, where a stale value stands in for it.
-        is_degraded: L2 did not answer.
-        is_kept: What was loaded could be stored, and was not told not to be.
-        is_stored: It was; else something has happened to the key meanwhile, or L2 did not take it.
-    """
-
-    value: Any
-    level: Level
-    is_loaded: bool = False
-    error: Exception | None = None
-    is_degraded: bool = False
-    is_kept: bool = True
-    is_stored: bool = False
-
-
-class Glance(NamedTuple):
-    """What a look-up of limited time has come to.
-
-    Attributes:
-        value: The value, or MISS.
-        is_answered: Whether that was said in time.
-        stamp: Where L2 has no value: when that was last removed, in the order of writes; 0: never, as far as is known.
-        is_remote: L2 was asked.
-    """
-
-    value: Any
-    is_answered: bool
-    stamp: int = 0
-    is_remote: bool = False
-
-
-class Inspection(NamedTuple):
-    """What there is of a key, found without changing anything.
-
-    Attributes:
-        value: The value, or MISS.
-        level: Where it is: "stale" where its life has ended, None where it is nowhere.
-        remaining: Seconds of life that it has left.
-        tags: What it can be invalidated by.
-        why: Why it is nowhere, in a sentence.
-    """
-
-    value: Any = MISS
-    level: Literal["l1", "l2", "stale"] | None = None
-    remaining: float | None = None
-    tags: tuple[str, ...] = ()
-    why: str = ""
-
-
-@dataclass(slots=True)
-class _Found:
-    """What L2 said of one key, and what became of it."""
-
-    ticket: Ticket
-    taken_at: float  # monotonic, before the question left
-    value: Any = MISS
-    shelved: Shelved = Shelved(None)  # noqa: RUF009 - a constant
-    token: int = 0
-    stamp: int = 0
-    clock: float = 0.0  # the server's, when it answered
-    lease: int = 0  # the fence of the lease under which it is loaded
-    is_absent: bool = False  # no live value, readable or not
-    is_unanswered: bool = False
-    is_stored: bool = False  # what was loaded for it
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A loaded value, ready to be stored."""
-
-    found: _Found
-    tail: bytes
-    shelved: Shelved
-    life: float  # seconds
-    stale_life: float = 0.0  # seconds beyond it
 
 
 class CacheManager:
@@ -253,7 +75,8 @@ class CacheManager:
         self._assemble = assemble
         self._name = name
         self._clock = clock
-        self._rng = rng
+        self._transfer = Transfer(clock, rng)
+        self._loading = Loading(self._transfer, clock)
         self._is_closed = False
         self._inherited: list[Parts] = []
         self.told = 0  # the token's stamp when the last parts were given up: what was seen stays seen
@@ -377,7 +200,7 @@ class CacheManager:
         found = self._find_slow(parts, key)
         if found is not None:
             return found.value
-        stale = self._find_stale(parts, key) if is_lenient else None
+        stale = self._transfer.find_stale(parts, key) if is_lenient else None
         return default if stale is None else stale.read()
 
     def _find_slow(self, parts: Parts, key: str) -> Answer | None:
@@ -386,7 +209,7 @@ class CacheManager:
             return Answer(value, "stale" if is_stale else "l1")
         if parts.remote is not None:
             with parts.tier.tickets((key,)) as tickets:
-                value = self._fetch(parts, parts.remote, tickets)[0].value
+                value = self._transfer.fetch(parts, parts.remote, tickets)[0].value
                 parts.stats.l2_hits += value is not MISS
         if value is not MISS:
             return Answer(value, "l2")
@@ -399,7 +222,7 @@ class CacheManager:
         key = check_key(key)
         if parts.tier.look(key) is not MISS:
             return True
-        snapshot = self._peek_remote(parts, key)
+        snapshot = self._transfer.peek(parts, key)
         is_there = snapshot is not None and snapshot.data is not None
         parts.stats.l2_hits += is_there
         parts.stats.misses += not is_there
@@ -412,7 +235,7 @@ class CacheManager:
         parts = self._parts or self._start()
         key = check_key(key)
         if parts.remote is not None:
-            snapshot = self._peek_remote(parts, key)
+            snapshot = self._transfer.peek(parts, key)
             return None if snapshot is None else snapshot.remaining
         entry = parts.tier.live(key)
         return None if entry is None else entry.deadline - self._clock()
@@ -444,7 +267,7 @@ class CacheManager:
             return Glance(value, is_answered=True)
         with parts.tier.tickets((key,)) as tickets:
             try:
-                found = self._fetch(parts, parts.remote, tickets, within=within)[0]
+                found = self._transfer.fetch(parts, parts.remote, tickets, within=within)[0]
             except RemoteStoreError:  # strict
                 return Glance(MISS, is_answered=False)
             parts.stats.l2_hits += found.value is not MISS
@@ -469,7 +292,7 @@ class CacheManager:
         return Inspection(entry.read(), "l1", entry.deadline - self._clock(), entry.tags)
 
     def _inspect_remote(self, parts: Parts, remote: RemoteStore, key: str, level: Literal["l1", "l2"]) -> Inspection:
-        snapshot = self._peek_remote(parts, key)
+        snapshot = self._transfer.peek(parts, key)
         if snapshot is None:
             return Inspection(why="L2 does not answer")
         if snapshot.data is not None:
@@ -498,9 +321,9 @@ class CacheManager:
         parts = self._parts or self._start()
         found, missing = self._look_many(parts, keys)
         if missing and parts.remote is not None:
-            for batch in _batches(missing):
+            for batch in batches(missing):
                 with parts.tier.tickets(batch) as tickets:
-                    for ticket, seen in zip(tickets, self._fetch(parts, parts.remote, tickets), strict=True):
+                    for ticket, seen in zip(tickets, self._transfer.fetch(parts, parts.remote, tickets), strict=True):
                         if seen.value is not MISS:
                             found[ticket.key] = seen.value
                             parts.stats.l2_hits += 1
@@ -576,144 +399,19 @@ class CacheManager:
             CallInProgressError: Another one loads it, and the plan says not to wait.
             Exception: As :meth:`get_or_set`.
         """
-        parts = self._parts or self._start()
-        key = check_key(key)
-        value, is_stale = parts.tier.look_closely(key)
-        if value is not MISS:
-            return Answer(value, "stale" if is_stale else "l1")
-        if parts.remote is None and parts.tier.local is None:
-            parts.stats.misses += 1
-            return self._load_alone(parts, plan)  # switched off: every loader runs
-        give_up = self._clock() + (parts.flights.max_wait if plan.max_wait is None else plan.max_wait)
-        flight, is_leader = self._board(parts, key, plan, give_up)
-        if not is_leader:
-            if isinstance(flight.result, Shelved):
-                parts.stats.coalesced += 1
-                return Answer(flight.result.read(), "shared")
-            return self._load_alone(parts, plan)  # the leader's result cannot be copied: no use in waiting in line
-        with flight, parts.tier.tickets((key,)) as (ticket,):
-            departure = parts.tier.depart(ticket, plan.tags)
-            flight.ticket = partial(parts.tier.is_current, departure)
-            return self._lead(parts, flight, departure, plan, give_up)
+        return self._loading.resolve(self._parts or self._start(), check_key(key), plan)
 
-    def _load_alone(self, parts: Parts, plan: Plan) -> Answer:
-        return Answer(self._load(parts, plan.load).value, "miss", is_loaded=True, is_kept=False)
+    def renew(self, key: str, plan: Plan) -> Answer:
+        """Do as :meth:`refresh`, by *plan*.
 
-    def _board(self, parts: Parts, key: str, plan: Plan, give_up: float) -> tuple[Flight, bool]:
-        """Lead a flight of this process, or follow one to its end, or do what the plan says in place of waiting."""
-        is_current = partial(_is_current, plan.tags)
-        if plan.contention == "wait" or not plan.is_shared:
-            return parts.flights.board(key, is_current, give_up)
-        flight, is_leader = parts.flights.join(key, is_current)
-        if is_leader:
-            return flight, True
-        if plan.contention in {"raise", "retry"}:
-            raise CallInProgressError(key, "this process", 0.0)
-        if plan.contention == "stale" and parts.remote is None:
-            return parts.flights.board(key, is_current, give_up)
-        return parts.flights.alone(key), True
+        Where it ``is_shared``, others who miss meanwhile wait for this load; it itself waits for nobody, for what
+        another one loads now may be older than this call.
 
-    def _lead(self, parts: Parts, flight: Flight, departure: Departure, plan: Plan, give_up: float) -> Answer:
-        """Find or load for everybody who follows this flight."""
-        key = departure.ticket.key
-        is_stale_asked, lost = plan.wants_stale, 0
-        while True:
-            (found,) = self._find_many(parts, [departure.ticket])
-            departure.tags = (*departure.tags, *found.shelved.tags)  # before the token: then these are what counts
-            departure.token = found.token
-            if found.value is not MISS:
-                parts.stats.l2_hits += parts.remote is not None
-                flight.land(found.shelved)
-                return Answer(found.value, "l2" if parts.remote is not None else "l1")
-            if is_stale_asked and not found.is_unanswered:
-                stale = self._find_stale(parts, key)
-                if stale is not None:
-                    parts.stats.misses += 1
-                    return Answer(stale.read(), "stale")  # who follows finds it too, and knows what it is
-                is_stale_asked = False
-            turn = self._take_turn(parts, found, plan, give_up)
-            lost += turn is False
-            if turn is None or lost > MAX_LOST:
-                break
-            if isinstance(turn, Shelved):
-                parts.stats.misses += 1
-                return Answer(turn.read(), "stale")
-            if isinstance(turn, Lease):
-                with turn:
-                    found.lease = turn.fence
-                    answer = self._load_and_land(parts, flight, departure, found, plan)
-                    turn.word = turn.word if answer.is_kept else ALONE
-                    return answer
-        return self._load_and_land(parts, flight, departure, found, plan)
-
-    def _take_turn(self, parts: Parts, found: _Found, plan: Plan, give_up: float) -> Lease | Shelved | bool | None:
-        """Ask for the fleet's lease, and wait for it if that is the plan.
-
-        Returns the lease; or a stale value, for one is being loaded; or True: look again; or False: the same, for L2
-        has failed, and whether that was a connection or the server the next look tells; or None: load without.
+        Raises:
+            CallInProgressError: The plan's ``contention`` is "raise", and another one loads.
+            Exception: As :meth:`get_or_set`.
         """
-        if parts.leases is None or not plan.is_shared or found.is_unanswered:
-            return None
-        key, left = found.ticket.key, give_up - self._clock()
-        is_waiting = left > 0 and plan.contention in {"wait", "stale"}
-        try:
-            # What is there but cannot be read must not be taken for the value that another one has loaded.
-            grant = parts.leases.ask(key, seen=0 if found.is_absent else found.stamp, is_waiting=is_waiting)
-            if grant.is_mine:
-                return parts.leases.hold(key, grant)
-            return grant.has_value or self._contend(parts, parts.leases, key, grant, plan=plan, left=left)
-        except RemoteStoreError as exc:
-            self._failed(parts, exc)
-            return False
-
-    def _contend(
-        self, parts: Parts, leases: Leases, key: str, grant: Grant, *, plan: Plan, left: float
-    ) -> Lease | Shelved | bool | None:
-        """Another one loads: do what the plan says, and return as :meth:`_take_turn` does."""
-        if grant.fence in held() or grant.fence in plan.ancestry():
-            return leases.borrow(key, grant.fence)
-        if plan.contention in {"raise", "retry"}:
-            raise CallInProgressError(key, grant.owner, grant.remaining)
-        stale = self._find_stale(parts, key) if plan.contention == "stale" else None
-        if stale is not None:
-            return stale
-        if left > 0 and plan.contention != "compute":
-            return self._wait(parts, leases, key, grant, left)
-        parts.stats.wait_timeouts += plan.contention != "compute"
-        return None
-
-    def _wait(self, parts: Parts, leases: Leases, key: str, grant: Grant, left: float) -> bool | None:
-        parts.stats.waits += 1
-        began = self._clock()
-        try:
-            word = leases.wait(key, grant, left)
-        finally:
-            parts.stats.wait_seconds += self._clock() - began
-        return None if word == ALONE else True
-
-    def _load_and_land(self, parts: Parts, flight: Flight, departure: Departure, found: _Found, plan: Plan) -> Answer:
-        parts.stats.misses += 1
-        try:
-            loaded = self._load(parts, plan.load)
-        except Exception as exc:
-            is_forgiven = plan.forgives is not None and not is_interrupt(exc) and plan.forgives(exc)
-            stale = self._find_stale(parts, found.ticket.key) if is_forgiven else None
-            if stale is None:
-                raise
-            log.warning("a loader failed, and a stale value is served", exc_info=exc, extra={"key": found.ticket.key})
-            return Answer(stale.read(), "stale", error=exc)
-        draft = self._draft(parts, found, loaded)
-        if draft is None:
-            flight.land(None)
-            return _loaded(loaded, found, is_kept=False)
-        winner = self._fill(parts, [draft]).get(found.ticket.key)
-        if winner is None:
-            flight.land(draft.shelved)
-            return _loaded(loaded, found, is_kept=True)
-        departure.tags = (*departure.tags, *winner.shelved.tags)
-        if parts.tier.is_current(departure, ()):
-            flight.land(winner.shelved)  # else it may be dead to who came later, and they ask for themselves
-        return Answer(winner.value, "miss")
+        return self._loading.renew(self._parts or self._start(), check_key(key), plan)
 
     def get_or_set_many(
         self,
@@ -738,7 +436,7 @@ class CacheManager:
             return found
         with parts.tier.tickets(missing) as tickets:
             absent = []
-            for seen in self._find_many(parts, tickets):
+            for seen in self._transfer.find_many(parts, tickets):
                 if seen.value is MISS:
                     absent.append(seen)
                 else:
@@ -746,162 +444,17 @@ class CacheManager:
                     parts.stats.l2_hits += 1
             parts.stats.misses += len(absent)
             if absent:
-                loaded = self._load(parts, lambda: loader([seen.ticket.key for seen in absent]))
+                loaded = self._loading.load(parts, lambda: loader([seen.ticket.key for seen in absent]))
                 drafts = []
                 for seen in absent:
                     if seen.ticket.key in loaded:
                         found[seen.ticket.key] = value = loaded[seen.ticket.key]
-                        draft = self._draft(parts, seen, Loaded(value, ttl, checked))
+                        draft = self._transfer.draft(parts, seen, Loaded(value, ttl, checked))
                         if draft is not None:
                             drafts.append(draft)
-                for key, winner in self._fill(parts, drafts).items():
+                for key, winner in self._transfer.fill(parts, drafts).items():
                     found[key] = winner.value
         return found
-
-    def _find_many(self, parts: Parts, tickets: Sequence[Ticket]) -> list[_Found]:
-        if parts.remote is not None:
-            return [found for batch in _batches(tickets) for found in self._fetch(parts, parts.remote, list(batch))]
-        return [self._find_local(parts, ticket) for ticket in tickets]
-
-    def _find_local(self, parts: Parts, ticket: Ticket) -> _Found:
-        """Look again now that the ticket is open: another flight may have landed since the miss."""
-        found = _Found(ticket, self._clock(), token=parts.tier.highest_stamp())
-        entry = parts.tier.live(ticket.key)
-        if entry is not None:
-            parts.stats.l1_hits += 1
-            found.value, found.shelved = entry.read(), _shelved(entry)
-        return found
-
-    def _load(self, parts: Parts, loader: Callable[[], T]) -> T:
-        parts.stats.loads += 1
-        began = self._clock()
-        try:
-            return loader()
-        except BaseException:
-            parts.stats.load_failures += 1
-            raise
-        finally:
-            parts.stats.load_seconds += self._clock() - began
-
-    def _draft(self, parts: Parts, found: _Found, loaded: Loaded) -> _Draft | None:
-        """Return what was loaded, ready to be stored, or None where it is not to be, or the codec refuses it."""
-        if not loaded.is_kept:
-            return None
-        key, value, tags = found.ticket.key, loaded.value, loaded.tags
-        try:
-            tail = parts.codec.encode(key, value, tags=tags)
-            _check_size(tail, loaded)
-            shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
-        except SerializationError as exc:
-            parts.stats.unserializable += 1
-            if parts.policy.strict and not (loaded.is_optional or isinstance(exc, _TooLargeError)):
-                raise
-            if parts.stats.unserializable == 1:
-                log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})
-            return None
-        return _Draft(found, tail, shelved, self._life_of(parts, loaded), loaded.stale_life)
-
-    def _fill(self, parts: Parts, drafts: Sequence[_Draft]) -> dict[str, _Found]:
-        """Store by fenced adds; return the live values that were there already, by key."""
-        if parts.remote is None:
-            return self._fill_local(parts, drafts)
-        fenced: list[tuple[_Draft, Fence]] = []
-        for draft in drafts:
-            fence = self._fence(parts, draft)
-            if fence is None:
-                parts.stats.fills_refused += 1
-            elif draft.found.is_absent:
-                fenced.append((draft, fence))
-            else:
-                # A live value that cannot be read would win over every filler until it expires: swap it for ours.
-                self._swap(parts, parts.remote, draft, fence)
-        winners: dict[str, _Found] = {}
-        for batch in _batches(fenced):
-            winners |= self._fill_remote(parts, parts.remote, batch)
-        return winners
-
-    def _fence(self, parts: Parts, draft: _Draft) -> Fence | None:
-        """Return what a store of *draft* may be fenced with, or None."""
-        found = draft.found
-        if found.is_unanswered:
-            return None  # L2 did not answer the read
-        fence = parts.tier.fence(found.ticket, Fence(found.token, found.clock), found.taken_at, draft.shelved.tags)
-        return fence if fence is None or not found.lease else fence._replace(lease=found.lease)
-
-    def _fill_remote(
-        self, parts: Parts, remote: RemoteStore, batch: Sequence[tuple[_Draft, Fence]]
-    ) -> dict[str, _Found]:
-        sent_at = self._clock()
-        try:
-            outcomes = remote.fill(
-                [(draft.found.ticket.key, draft.tail, draft.life, fence) for draft, fence in batch],
-                stale_ttl=batch[0][0].stale_life,
-            )
-        except RemoteStoreError as exc:
-            for draft, _ in batch:
-                draft.found.is_unanswered = True
-            self._dropped(parts, exc, len(batch))
-            return {}
-        winners: dict[str, _Found] = {}
-        for (draft, fence), outcome in zip(batch, outcomes, strict=True):
-            ticket = draft.found.ticket
-            if outcome.is_stored:
-                draft.found.is_stored = True
-                parts.stats.fills += 1
-                parts.tier.keep(ticket, fence.token, draft.shelved, (sent_at, draft.life))
-            elif outcome.winner is not None:
-                parts.stats.fills_lost += 1
-                winner = self._take(parts, ticket, outcome.winner, sent_at)
-                if winner.value is not MISS:
-                    winners[ticket.key] = winner
-            else:
-                parts.stats.fills_refused += 1
-        return winners
-
-    def _fill_local(self, parts: Parts, drafts: Sequence[_Draft]) -> dict[str, _Found]:
-        """Where L1 is all there is: a fill stores nothing over a live value, or over what happened since the miss."""
-        winners: dict[str, _Found] = {}
-        for draft in drafts:
-            found = draft.found
-            with parts.tier.alone:
-                now = self._clock()
-                entry = parts.tier.live(found.ticket.key)
-                if entry is None and parts.tier.admits(found.ticket, found.token, draft.shelved.tags):
-                    found.is_stored = True
-                    parts.stats.fills += 1
-                    parts.tier.keep(found.ticket, found.token, draft.shelved, (now, draft.life))
-                elif entry is None:
-                    parts.stats.fills_refused += 1
-            if entry is not None:
-                parts.stats.fills_lost += 1
-                winners[found.ticket.key] = _Found(found.ticket, now, value=entry.read(), shelved=_shelved(entry))
-        return winners
-
-    def _swap(self, parts: Parts, remote: RemoteStore, draft: _Draft, fence: Fence) -> None:
-        """Store by compare and set over what was found, if no one has written or removed the key since."""
-        found, sent_at = draft.found, self._clock()
-        key = found.ticket.key
-        try:
-            with parts.tier.writing((key,)):
-                stamp = remote.replace(
-                    key,
-                    draft.tail,
-                    expected=found.stamp,
-                    ttl=draft.life,
-                    seen=parts.tier.highest_stamp(),
-                    fence=fence.token,
-                    stale_ttl=draft.stale_life,
-                )
-        except RemoteStoreError as exc:
-            found.is_unanswered = True
-            self._dropped(parts, exc)
-            return
-        if stamp is None:
-            parts.stats.fills_refused += 1
-        else:
-            found.is_stored = True
-            parts.stats.fills += 1
-            parts.tier.keep(found.ticket, stamp, draft.shelved, (sent_at, draft.life))
 
     # ---- writing --------------------------------------------------------------------------------------------
 
@@ -933,7 +486,7 @@ class CacheManager:
         """Do as :meth:`set`, with all that a loader may say; what is too large is not stored, and not an error."""
         try:
             return self._set_many(((key, loaded.value),), loaded.life, loaded.tags, loaded.stale_life, loaded=loaded)
-        except _TooLargeError:
+        except TooLargeError:
             self.count("unserializable")
             return False
 
@@ -966,11 +519,17 @@ class CacheManager:
             key = check_key(given)
             tail = parts.codec.encode(key, value, tags=tags)
             if loaded is not None:
-                _check_size(tail, loaded)
-            lots.append((key, tail, self._life(parts, ttl) if loaded is None else self._life_of(parts, loaded)))
+                check_size(tail, loaded)
+            lots.append(
+                (
+                    key,
+                    tail,
+                    self._transfer.life(parts, ttl) if loaded is None else self._transfer.life_of(parts, loaded),
+                )
+            )
             shelved.append(Shelved(*parts.codec.shelve(key, value, tail), tags))
         is_stored = True
-        for batch in _batches(range(len(lots))):
+        for batch in batches(range(len(lots))):
             lot = [lots[i] for i in batch]
             try:
                 with self._alone(parts), parts.tier.writing([key for key, _, _ in lot]) as tickets:
@@ -982,7 +541,7 @@ class CacheManager:
                     for ticket, i in zip(tickets, batch, strict=True):
                         parts.tier.keep(ticket, stamp, shelved[i], (sent_at, lots[i][2]))
             except RemoteStoreError as exc:
-                self._dropped(parts, exc, len(lot))
+                self._transfer.dropped(parts, exc, len(lot))
                 is_stored = False
             else:
                 parts.stats.writes += len(lot)
@@ -999,7 +558,7 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         key = check_key(key)
-        life = self._life(parts, ttl)
+        life = self._transfer.life(parts, ttl)
         tags = check_tags(tags)
         tail = parts.codec.encode(key, value, tags=tags)
         shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
@@ -1017,7 +576,7 @@ class CacheManager:
                 parts.tier.keep(ticket, stamp, shelved, (sent_at, life))
                 return True
         except RemoteStoreError as exc:
-            self._dropped(parts, exc)
+            self._transfer.dropped(parts, exc)
             return False
 
     def incr(self, key: str, delta: int = 1, *, initial: int = 0, ttl: float | None = None) -> int:
@@ -1042,7 +601,7 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         key = check_key(key)
-        life = self._life(parts, ttl)
+        life = self._transfer.life(parts, ttl)
         for name, number in (("delta", delta), ("initial", initial)):
             if type(number) is not int:
                 msg = f"{name} must be an int, not {number!r:.80}"
@@ -1069,7 +628,7 @@ class CacheManager:
                 parts.tier.keep(ticket, stamp, Shelved(number, None, tags), (sent_at, remaining))
                 return number
         except RemoteStoreError as exc:
-            self._dropped(parts, exc)
+            self._transfer.dropped(parts, exc)
             return fresh
 
     def decr(self, key: str, delta: int = 1, *, initial: int = 0, ttl: float | None = None) -> int:
@@ -1134,14 +693,14 @@ class CacheManager:
                 parts.tier.forget((ticket,), stamp)
                 return True
         except RemoteStoreError as exc:
-            self._dropped(parts, exc)
+            self._transfer.dropped(parts, exc)
             return False
 
     def _touch_local(self, parts: Parts, ticket: Ticket, life: float) -> bool:
         entry = parts.tier.live(ticket.key)
         if entry is None:
             return False
-        parts.tier.keep(ticket, parts.tier.own_stamp(), _shelved(entry), (self._clock(), life))
+        parts.tier.keep(ticket, parts.tier.own_stamp(), shelved_of(entry), (self._clock(), life))
         return True
 
     def refresh(
@@ -1164,78 +723,6 @@ class CacheManager:
         renewed: T = self.renew(key, Plan(lambda: Loaded(loader(), ttl, checked, stale_life))).value
         return renewed
 
-    def renew(self, key: str, plan: Plan) -> Answer:
-        """Do as :meth:`refresh`, by *plan*.
-
-        Where it ``is_shared``, others who miss meanwhile wait for this load; it itself waits for nobody, for what
-        another one loads now may be older than this call.
-
-        Raises:
-            CallInProgressError: The plan's ``contention`` is "raise", and another one loads.
-            Exception: As :meth:`get_or_set`.
-        """
-        parts = self._parts or self._start()
-        key = check_key(key)
-        with parts.tier.tickets((key,)) as tickets:
-            before = self._observe(parts, tickets[0])
-            lease = self._take_lease(parts, before, plan)
-            if lease is None:
-                return self._renew(parts, before, plan)
-            with lease:
-                before.lease = lease.fence
-                answer = self._renew(parts, before, plan)
-                lease.word = lease.word if answer.is_kept else ALONE
-                return answer
-
-    def _take_lease(self, parts: Parts, before: _Found, plan: Plan) -> Lease | None:
-        if parts.leases is None or not plan.is_shared or before.is_unanswered:
-            return None
-        key = before.ticket.key
-        try:
-            grant = parts.leases.ask(key, seen=None, is_waiting=False)
-        except RemoteStoreError as exc:
-            self._failed(parts, exc)
-            return None
-        if grant.is_mine:
-            return parts.leases.hold(key, grant)
-        if plan.contention == "raise":
-            raise CallInProgressError(key, grant.owner, grant.remaining)
-        return None
-
-    def _renew(self, parts: Parts, before: _Found, plan: Plan) -> Answer:
-        loaded = self._load(parts, plan.load)
-        # Whether it gets stored or something newer is there: no older copy may answer after this.
-        parts.tier.drop(before.ticket.key, before.token)
-        draft = self._draft(parts, before, loaded)
-        if draft is not None and parts.remote is None:
-            self._swap_local(parts, draft)
-        elif draft is not None:
-            self._fill(parts, [draft])
-        return _loaded(loaded, before, is_kept=draft is not None)
-
-    def _observe(self, parts: Parts, ticket: Ticket) -> _Found:
-        """Note what the key is before a loader runs, taking no copy."""
-        found = _Found(ticket, self._clock(), token=parts.tier.highest_stamp(), is_absent=True)
-        if parts.remote is not None:
-            snapshot = self._peek_remote(parts, ticket.key)
-            if snapshot is None:
-                found.is_unanswered = True
-            else:
-                found.token, found.stamp, found.clock = snapshot.token, snapshot.stamp, snapshot.clock
-                found.is_absent = snapshot.data is None
-        return found
-
-    def _swap_local(self, parts: Parts, draft: _Draft) -> None:
-        found = draft.found
-        with parts.tier.alone:
-            is_untouched = parts.tier.admits(found.ticket, found.token, draft.shelved.tags)
-            if is_untouched:
-                stamp = parts.tier.own_stamp()
-                parts.tier.keep(found.ticket, stamp, draft.shelved, (self._clock(), draft.life))
-        found.is_stored = is_untouched
-        parts.stats.fills += is_untouched
-        parts.stats.fills_refused += not is_untouched
-
     def delete(self, key: str) -> bool:
         """Remove *key* from every level and every process; return whether L2 (or else L1) had a live value.
 
@@ -1250,7 +737,7 @@ class CacheManager:
         """
         parts = self._parts or self._start()
         removed = 0
-        for batch in _batches([check_key(key) for key in _distinct(keys)]):
+        for batch in batches([check_key(key) for key in _distinct(keys)]):
             try:
                 with self._alone(parts), parts.tier.writing(batch) as tickets:
                     if parts.remote is not None:
@@ -1260,7 +747,7 @@ class CacheManager:
                         stamp = parts.tier.own_stamp()
                     parts.tier.forget(tickets, stamp)
             except RemoteStoreError as exc:
-                self._dropped(parts, exc, len(batch))
+                self._transfer.dropped(parts, exc, len(batch))
             else:
                 removed += count
                 parts.stats.deletes += len(batch)
@@ -1298,7 +785,7 @@ class CacheManager:
                 stamp, was_live = parts.remote.expire(key, seen=parts.tier.highest_stamp())
                 parts.tier.forget(tickets, stamp)
         except RemoteStoreError as exc:
-            self._dropped(parts, exc)
+            self._transfer.dropped(parts, exc)
             return False
         parts.stats.deletes += 1
         return was_live
@@ -1379,7 +866,7 @@ class CacheManager:
             return tell(parts.remote, parts.tier.highest_stamp())
         except RemoteStoreError as exc:
             parts.tier.void()  # it may happen yet, or not at all
-            self._dropped(parts, exc)
+            self._transfer.dropped(parts, exc)
             return None
         except BaseException:
             parts.tier.void()
@@ -1405,7 +892,7 @@ class CacheManager:
             RemoteStoreError: Only with ``strict``.
         """
         parts = self._parts or self._start()
-        snapshot = self._peek_remote(parts, "")  # nobody's key: only the counter is wanted
+        snapshot = self._transfer.peek(parts, "")  # nobody's key: only the counter is wanted
         newest = 0 if snapshot is None else snapshot.token
         return format_token(parts.policy.namespace, max(newest, parts.tier.coherence.token()))
 
@@ -1447,7 +934,7 @@ class CacheManager:
         try:
             return parts.remote.mark(name, seconds, owner=owner, is_new=is_new)
         except RemoteStoreError as exc:
-            self._failed(parts, exc)
+            self._transfer.failed(parts, exc)
             return False
 
     def marked_within(self, name: str, seconds: float) -> tuple[str, bool]:
@@ -1514,14 +1001,6 @@ class CacheManager:
 
     # ---- inside ---------------------------------------------------------------------------------------------
 
-    def _life(self, parts: Parts, ttl: float | None) -> float:
-        life = parts.policy.l2_ttl if ttl is None else check_ttl(ttl)
-        jitter = parts.policy.ttl_jitter
-        return life * (1 - jitter * self._rng()) if jitter else life
-
-    def _life_of(self, parts: Parts, loaded: Loaded) -> float:
-        return self._life(parts, loaded.life) if loaded.is_jittered else check_ttl(loaded.life)
-
     def _look_many(self, parts: Parts, keys: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
         """Return what L1 answers, and the other keys, each once."""
         lease, front_get = self._coherence.lease_until, self._front_get
@@ -1545,100 +1024,6 @@ class CacheManager:
                 found[key] = value
         return found, missing
 
-    def _peek_remote(self, parts: Parts, key: str) -> Snapshot | None:
-        """Ask L2 without taking a copy; what L1 has from before must not answer afterwards."""
-        if parts.remote is None:
-            return None
-        with parts.tier.tickets((key,)) as (ticket,):
-            try:
-                snapshot = parts.remote.read((key,), seen=parts.tier.highest_stamp())[0]
-            except RemoteStoreError as exc:
-                self._failed(parts, exc)
-                return None
-            if snapshot.data is None:
-                parts.tier.missed(ticket, snapshot)
-            else:
-                parts.tier.met(ticket, snapshot.stamp)
-            return snapshot
-
-    def _fetch(
-        self, parts: Parts, remote: RemoteStore, tickets: Sequence[Ticket], *, within: float | None = None
-    ) -> list[_Found]:
-        """Read L2 in one round trip, and keep copies of what the tickets still admit."""
-        sent_at = self._clock()
-        try:
-            keys = [ticket.key for ticket in tickets]
-            snapshots = remote.read(keys, seen=parts.tier.highest_stamp(), within=within)
-        except RemoteStoreError as exc:
-            self._failed(parts, exc)
-            return [_Found(ticket, sent_at, is_unanswered=True) for ticket in tickets]
-        return [
-            self._take(parts, ticket, snapshot, sent_at) for ticket, snapshot in zip(tickets, snapshots, strict=True)
-        ]
-
-    def _take(self, parts: Parts, ticket: Ticket, snapshot: Snapshot, sent_at: float) -> _Found:
-        found = _Found(ticket, sent_at, token=snapshot.token, stamp=snapshot.stamp, clock=snapshot.clock)
-        found.is_absent = snapshot.data is None
-        if snapshot.data is not None and snapshot.remaining is not None:
-            try:
-                decoded = parts.codec.decode(ticket.key, snapshot.data)
-            except CodecError as exc:
-                parts.stats.add_codec_miss(exc.reason)
-            else:
-                own = parts.codec.shelve_decoded(ticket.key, decoded, snapshot.data[HEAD_SIZE:])
-                found.shelved = Shelved(*own, decoded.tags)
-                found.value = decoded.value
-                parts.tier.keep(ticket, snapshot.stamp, found.shelved, (sent_at, snapshot.remaining))
-                return found
-        parts.tier.missed(ticket, snapshot)
-        return found
-
-    def _find_stale(self, parts: Parts, key: str) -> Shelved | None:
-        """Return what L2 still keeps of a value that has expired; no level takes a copy."""
-        if parts.remote is None:
-            return None
-        try:
-            (snapshot,) = parts.remote.read((key,), seen=parts.tier.highest_stamp(), is_lenient=True)
-        except RemoteStoreError:
-            return None  # even if strict: whoever asks has an answer without it
-        if snapshot.data is None:
-            return None
-        try:
-            decoded = parts.codec.decode(key, snapshot.data)
-        except CodecError as exc:
-            parts.stats.add_codec_miss(exc.reason)
-            return None
-        parts.stats.stale_served += 1
-        return Shelved(*parts.codec.shelve_decoded(key, decoded, snapshot.data[HEAD_SIZE:]), decoded.tags)
-
-    def _failed(self, parts: Parts, exc: RemoteStoreError) -> None:
-        if parts.policy.strict:
-            raise exc
-
-    def _dropped(self, parts: Parts, exc: RemoteStoreError, count: int = 1) -> None:
-        parts.stats.writes_dropped += count
-        self._failed(parts, exc)
-
-
-def check_ttl(ttl: object) -> float:
-    """Return *ttl* if it is a number of seconds > 0, finite and storable.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if isinstance(ttl, (int, float)) and not isinstance(ttl, bool) and 0 < ttl <= MAX_TTL:  # nan is neither
-        return float(ttl)
-    msg = f"ttl must be a number of seconds > 0 and <= {MAX_TTL:g}, or None for the default, not {ttl!r:.80}"
-    raise ValueError(msg)
-
-
-def check_stale_ttl(stale_ttl: object) -> float:
-    """Return *stale_ttl* if it is 0 or could be a ttl; raises ValueError if not."""
-    if isinstance(stale_ttl, (int, float)) and not isinstance(stale_ttl, bool) and 0 <= stale_ttl <= MAX_TTL:
-        return float(stale_ttl)
-    msg = f"stale_ttl must be a number of seconds >= 0 and <= {MAX_TTL:g}, not {stale_ttl!r:.80}"
-    raise ValueError(msg)
-
 
 def _unproven() -> Coherence:
     """Stands in until the parts are built: no lease, so every look-up takes the slow path."""
@@ -1656,42 +1041,8 @@ def _distinct(keys: Iterable[str]) -> dict[str, None]:
         return dict.fromkeys(check_key(key) for key in given)  # names the unhashable one
 
 
-def _loaded(loaded: Loaded, found: _Found, *, is_kept: bool) -> Answer:
-    return Answer(
-        loaded.value,
-        "miss",
-        is_loaded=True,
-        is_degraded=found.is_unanswered,
-        is_kept=is_kept,
-        is_stored=found.is_stored,
-    )
-
-
-def _check_size(tail: bytes, loaded: Loaded) -> None:
-    if loaded.max_size is not None and len(tail) > loaded.max_size:
-        why = f"takes {len(tail)} bytes, max_size is {loaded.max_size}"
-        raise _TooLargeError("value", type(loaded.value).__name__, why)
-
-
-class _TooLargeError(SerializationError):
-    """More bytes than ``max_size``."""
-
-
 def _any_error(_error: Exception) -> bool:
     return True
-
-
-def _is_current(tags: tuple[str, ...], flight: Flight) -> bool:
-    return flight.ticket(tags) if callable(flight.ticket) else True  # without one it has not read anything yet
-
-
-def _shelved(entry: Entry) -> Shelved:
-    return Shelved(entry.value, entry.thaw, entry.tags)
-
-
-def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
 
 
 def _checked_sum(key: str, number: int, delta: int) -> int:

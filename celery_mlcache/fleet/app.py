@@ -23,7 +23,8 @@ from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.factory import assemble
 from celery_mlcache.fleet import causal, lifecycle, lineage
 from celery_mlcache.fleet.errands import Errands
-from celery_mlcache.manager import CacheManager, Parts
+from celery_mlcache.manager import CacheManager
+from celery_mlcache.parts import Parts
 
 PREFIX: Final = "mlcache_"
 URL_SETTINGS: Final = ("mlcache_redis_url", "mlcache_backend_url")

@@ -29,7 +29,7 @@ from celery_mlcache.fleet.typing import (
     TaskDecorator,
     Vary,
 )
-from celery_mlcache.manager import Contention
+from celery_mlcache.plans import Contention
 
 P = ParamSpec("P")
 R = TypeVar("R")

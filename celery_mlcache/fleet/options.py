@@ -23,7 +23,7 @@ from celery_mlcache.errors import (
     is_interrupt,
 )
 from celery_mlcache.keys import check_tags
-from celery_mlcache.manager import Contention, check_stale_ttl, check_ttl
+from celery_mlcache.plans import Contention, check_stale_ttl, check_ttl
 
 CONTENTIONS: Final[tuple[str, ...]] = get_args(Contention)
 # What tells the worker what to do with the task, and says nothing of its result.

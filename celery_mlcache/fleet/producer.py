@@ -34,7 +34,7 @@ from celery_mlcache.fleet.options import INTERRUPTS
 from celery_mlcache.fleet.record import Record, unpack
 from celery_mlcache.fleet.serving import COALESCE, Serving, started_name
 from celery_mlcache.keys import MAX_KEY_BYTES
-from celery_mlcache.manager import Glance, Loaded, Plan
+from celery_mlcache.plans import Glance, Loaded, Plan
 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask

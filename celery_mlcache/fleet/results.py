@@ -20,7 +20,8 @@ from celery_mlcache.fleet.lifecycle import TASKS
 from celery_mlcache.fleet.options import Options
 from celery_mlcache.fleet.record import Record, unpack, unpack_error
 from celery_mlcache.fleet.serving import Serving
-from celery_mlcache.manager import CacheManager, Inspection
+from celery_mlcache.manager import CacheManager
+from celery_mlcache.plans import Inspection
 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask

@@ -49,7 +49,8 @@ from celery_mlcache.fleet.lineage import ancestry
 from celery_mlcache.fleet.options import INTERRUPTS, Options, seconds
 from celery_mlcache.fleet.record import Record, pack_error, unpack, unpack_error
 from celery_mlcache.keys import check_tags, wire
-from celery_mlcache.manager import MAX_TTL, Answer, CacheManager, Loaded, Plan, check_ttl
+from celery_mlcache.manager import CacheManager
+from celery_mlcache.plans import MAX_TTL, Answer, Loaded, Plan, check_ttl
 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask

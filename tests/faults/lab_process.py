@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from celery_mlcache import MISS, CacheManager, create_cache_manager
-from celery_mlcache.manager import Loaded, Plan
+from celery_mlcache.plans import Loaded, Plan
 from tests.support import mutants
 from tests.support.history import Deed, Note, Outcome, Recorder, Verb
 from tests.support.oracle import text_of, version_in

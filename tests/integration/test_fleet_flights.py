@@ -19,7 +19,8 @@ from celery_mlcache import CacheManager, CallInProgressError, create_cache_manag
 from celery_mlcache.entry import MISS
 from celery_mlcache.keys import RedisNames
 from celery_mlcache.leases import Lease, Leases, held
-from celery_mlcache.manager import MAX_LOST, Answer, Glance, Loaded, Plan
+from celery_mlcache.loading import MAX_LOST
+from celery_mlcache.plans import Answer, Glance, Loaded, Plan
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.redis

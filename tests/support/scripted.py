@@ -26,7 +26,8 @@ from celery_mlcache.coherence import Coherence
 from celery_mlcache.entry import Entry
 from celery_mlcache.errors import NotAnIntegerError, RemoteStoreError
 from celery_mlcache.local import Local
-from celery_mlcache.manager import CacheManager, Parts, Policy
+from celery_mlcache.manager import CacheManager
+from celery_mlcache.parts import Parts, Policy
 from celery_mlcache.protocols import BackplaneListener, Fence, Filled, Grant, Pulse, Snapshot
 from celery_mlcache.singleflight import SingleFlight
 from celery_mlcache.stats import Stats

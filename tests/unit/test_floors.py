@@ -16,10 +16,11 @@ ROOF = ""  # celery_mlcache/__init__.py: names for users, imported by nothing of
 # Floor 2 has steps: what speaks of bytes, then of names, then settings and seams. Equal numbers do not know each other.
 FLOORS = {
     "errors": 0, "entry": 1, "floors": 1,
-    "wire": 2.0, "keys": 2.1, "calls": 2.15, "location": 2.1, "typed": 2.1, "config": 2.2, "protocols": 2.2,
+    "wire": 2.0, "plans": 2.0,
+    "keys": 2.1, "calls": 2.15, "location": 2.1, "typed": 2.1, "config": 2.2, "protocols": 2.2,
     "codec": 3, "local": 3, "remote": 3, "backplane": 3, "route": 3, "coherence": 3, "singleflight": 3, "breaker": 3,
     "leases": 3, "stats": 3,
-    "tier": 4.0, "manager": 4.1, "factory": 5, "fleet": 6, ROOF: 7,
+    "tier": 4.0, "parts": 4.02, "transfer": 4.04, "loading": 4.06, "manager": 4.1, "factory": 5, "fleet": 6, ROOF: 7,
 }  # fmt: skip
 _HOMES_BY_NAMES = {
     ("redis", "hiredis"): {"remote", "backplane", "route", "factory"},
