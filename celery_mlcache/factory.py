@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -108,7 +109,7 @@ def assemble(config: CacheConfig, *, with_l1: bool = True, strict: bool = False)
             )
         leases = Leases(
             remote,
-            owner=f"{socket.gethostname()}:{os.getpid()}",
+            owner=f"{socket.gethostname()}:{os.getpid()}/{uuid.uuid4().hex[:6]}",  # a process may have several caches
             seconds=config.single_flight_lease,
             clock=clock,
             counts=stats,

@@ -88,7 +88,7 @@ class Leases:
 
     Args:
         store: Where leases are written down.
-        owner: Who this process is, for people: ``explain`` shows it.
+        owner: Who this process is, and no other; ``explain`` shows it.
         seconds: How long a lease lasts unless it is renewed.
         clock: Monotonic seconds.
         counts: Where things are counted.
@@ -130,6 +130,10 @@ class Leases:
             if len(self._held) == 1:
                 self._changed.notify()
         return lease
+
+    def is_mine(self, grant: Grant) -> bool:
+        """Return whether this process was granted that lease, and does not know: the reply was lost on its way."""
+        return grant.owner == self._owner and all(lease.fence != grant.fence for lease in list(self._held.values()))
 
     def borrow(self, key: str, fence: int) -> Lease:
         """Return a lease under which this code runs already, further up; it is neither renewed nor given back."""

@@ -146,6 +146,8 @@ class Loading:
         """Another one loads: do what the plan says, and return as :meth:`_take_turn` does."""
         if grant.fence in held() or grant.fence in plan.ancestry():
             return leases.borrow(key, grant.fence)
+        if leases.is_mine(grant):
+            return leases.hold(key, grant)
         if plan.contention in {"raise", "retry"}:
             raise CallInProgressError(key, grant.owner, grant.remaining)
         stale = self._transfer.find_stale(parts, key) if plan.contention == "stale" else None

@@ -937,6 +937,13 @@ class CacheManager:
             self._transfer.failed(parts, exc)
             return False
 
+    def prolong(self, name: str, seconds: float) -> None:
+        """Let a mark that is still there last for so many seconds from now. Never raises for Redis."""
+        parts = self._parts or self._start()
+        if parts.remote is not None:
+            with suppress(RemoteStoreError):
+                parts.remote.prolong(name, seconds)
+
     def marked_within(self, name: str, seconds: float) -> tuple[str, bool]:
         """Return whose mark is set ("": there is none), and whether that was said in so many seconds; never raises."""
         parts = self._parts or self._start()

@@ -280,6 +280,10 @@ class RemoteStore(Protocol):
         """Leave *owner*'s mark for so many seconds, if there is none or not *is_new*; return whether it was left."""
         ...
 
+    def prolong(self, key: str, seconds: float) -> None:
+        """Let a mark last for so many seconds from now, whoever left it; where there is none, none comes of it."""
+        ...
+
     def marked(self, key: str, *, within: float | None = None) -> str:
         """Return whose mark is there, or ""; *within* as in :meth:`read`."""
         ...

@@ -416,6 +416,10 @@ class RedisRemote:
         with self._understanding("mark"):
             return {b"OK": True, None: False}[reply]
 
+    def prolong(self, key: str, seconds: float) -> None:
+        """Prolong a mark."""
+        self._exchange("prolong", _pack(("PEXPIRE", self._names.mark(key), milliseconds(seconds))))
+
     def marked(self, key: str, *, within: float | None = None) -> str:
         """Return whose mark is there."""
         pace = self._hurry(within)

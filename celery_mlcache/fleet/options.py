@@ -195,8 +195,8 @@ def _negative(value: Any) -> Any:
         if not (isinstance(kind, type) and issubclass(kind, Exception)):
             msg = f"negative takes classes of Exception, not {kind!r:.80}"
             raise TypeError(msg)
-        if issubclass(kind, INTERRUPTS):
-            msg = f"negative cannot take {kind.__name__}: it tells the worker what to do, and is no result"
+        if issubclass(kind, (*INTERRUPTS, MLCacheError)):
+            msg = f"negative cannot take {kind.__name__}: it says something of this moment, and nothing of the call"
             raise ValueError(msg)  # noqa: TRY004 - it is a class of exceptions
         found[kind] = check_ttl(seconds(time))
     return MappingProxyType(found)

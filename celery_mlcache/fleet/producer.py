@@ -73,7 +73,7 @@ def answer(task: CachedTask, args: Any, kwargs: Any, options: dict[str, Any]) ->
         record = None if record is None or record.is_error else record
         if serving.options.producer:
             is_usable = record is not None and budget.can_store(glance)
-            if record is not None and is_usable and (result := _answered(serving, call, record, options)) is not None:
+            if record is not None and is_usable and (result := _answered(serving, call, record)) is not None:
                 return result
             serving.manager.count("producer_misses")
         if is_shared and record is None and glance.is_answered:
@@ -87,6 +87,7 @@ class _Call(NamedTuple):
     key: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    options: Mapping[str, Any]
 
 
 def _eligible(task: CachedTask, options: Mapping[str, Any]) -> bool:
@@ -114,7 +115,7 @@ def _call(task: CachedTask, args: Any, kwargs: Any, options: Mapping[str, Any]) 
         if dump is not None and options.get("serializer") != "pickle":
             args, kwargs = dump(args, kwargs)  # as Celery does, from 5.7 on; before, models could not be sent
         args, kwargs = tuple(args), dict(kwargs)
-        return _Call(task.cache.serving.keys.key(args, kwargs), args, kwargs)
+        return _Call(task.cache.serving.keys.key(args, kwargs), args, kwargs, options)
     except (TypeError, SerializationError, CacheKeyError):
         return None
 
@@ -166,9 +167,9 @@ class _Budget:
         return 0.0 if self._serving.is_paused else self._until - time.monotonic()
 
 
-def _answered(serving: Serving, call: _Call, record: Record, options: Mapping[str, Any]) -> Any:
+def _answered(serving: Serving, call: _Call, record: Record) -> Any:
     """Store *record* as the result of this call, and return its AsyncResult; None where that failed."""
-    task = serving.task
+    task, options = serving.task, call.options
     task_id = options.get("task_id") or uuid()
     ignored = options.get("ignore_result")
     ignored = task.ignore_result if ignored is None else ignored
@@ -176,21 +177,25 @@ def _answered(serving: Serving, call: _Call, record: Record, options: Mapping[st
     result.ignored = ignored
     try:
         if not ignored:
-            _store(task, result, record.value, _context(task, task_id, call, options))
+            _store(task, result, record.value, _context(task, task_id, call))
     except Exception as exc:
         if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
             raise
         serving.note_error(call.key, "producer", exc)
         return None
-    if options.get("add_to_parent", True):
-        parent = task.app.current_worker_task
-        if parent is not None:
-            parent.add_trail(result)
+    _add_trail(task, result, options)
     serving.manager.count("producer_hits")
     serving.note_hit(call.key, "producer", record)
     if serving.options.early and serving.is_early(record):
         serving.refresh_soon(call.key, call.args, call.kwargs, record)
     return result
+
+
+def _add_trail(task: CachedTask, result: Any, options: Mapping[str, Any]) -> None:
+    """Make it a child of the task that has made the call, as Celery does with what it sends."""
+    parent = task.app.current_worker_task if options.get("add_to_parent", True) else None
+    if parent is not None:
+        parent.add_trail(result)
 
 
 def _store(task: CachedTask, result: Any, value: Any, request: Any) -> None:
@@ -207,9 +212,10 @@ def _store(task: CachedTask, result: Any, value: Any, request: Any) -> None:
         know(backend.meta_from_decoded(backend.decode(backend.encode({**meta, "task_id": result.id}))))
 
 
-def _context(task: CachedTask, task_id: str, call: _Call, options: Mapping[str, Any]) -> Any:
+def _context(task: CachedTask, task_id: str, call: _Call) -> Any:
     parent = task.app.current_worker_task
     request = parent.request if parent is not None else None
+    options = call.options
     stamped = options.get("stamped_headers") or []
     return Context(
         id=task_id,
@@ -259,8 +265,7 @@ def _coalesced(serving: Serving, call: _Call, seen: Glance, budget: _Budget, sen
         return send()
     found = budget.glance(name)
     if found.is_answered and _is_under_way(task, call.key, found.value, seen, budget):
-        manager.count("calls_coalesced")
-        return task.AsyncResult(found.value[0])
+        return _joined(serving, found.value[0], call)
     if not found.is_answered:
         return send()
     sent: list[Any] = []
@@ -275,8 +280,15 @@ def _coalesced(serving: Serving, call: _Call, seen: Glance, budget: _Budget, sen
     shared = (manager.resolve if found.value is MISS else manager.renew)(name, plan)
     if sent:
         return sent[0]
-    manager.count("calls_coalesced")  # another thread was sending it
-    return task.AsyncResult(shared.value[0])
+    return _joined(serving, shared.value[0], call)  # another thread was sending it
+
+
+def _joined(serving: Serving, task_id: str, call: _Call) -> Any:
+    """Return the AsyncResult of a call that others have made."""
+    serving.manager.count("calls_coalesced")
+    result = serving.task.AsyncResult(task_id)
+    _add_trail(serving.task, result, call.options)
+    return result
 
 
 def _is_under_way(task: CachedTask, key: str, found: Any, seen: Glance, budget: _Budget) -> bool:

@@ -150,6 +150,8 @@ class Serving:
         except CacheClosedError:
             if call.has_begun:
                 raise  # it is the body's own
+            if mode == "only":
+                raise NotCachedError(self.task.name, call.key, "the cache is closed") from None
             return run(*args, **kwargs)
 
     def _answer(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
@@ -411,7 +413,7 @@ class Serving:
 
     def refresh_soon(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record) -> None:
         """See to it that one task, in the whole fleet, computes a call anew. Waits for nothing, and never raises."""
-        if self._remembers(self._asked, key):
+        if self._remembers(self._asked, key) or self._remembers(self._unsendable, key):
             return  # a hot key has thousands of readers
         self._remember(self._asked, key, ASK_AGAIN)
         job = partial(self._refresh_now, key, args, kwargs, record.made_at)
@@ -450,8 +452,8 @@ class Serving:
             self._note_unsent(key, exc)
         else:
             self._count("refreshes_sent")
-            with suppress(CacheClosedError, RemoteStoreError):
-                self.manager.mark(mark, MARK_LIFE, is_new=False)
+            with suppress(CacheClosedError):  # a worker that was faster has taken it away, and it stays so
+                self.manager.prolong(mark, MARK_LIFE)
 
     def _note_unsent(self, key: str, error: Exception | None) -> None:
         """Let somebody else try; *error* is None where it was not even tried."""
@@ -459,7 +461,7 @@ class Serving:
         self._count("refreshes_failed")
         if error is None:
             return
-        if isinstance(error, EncodeError | TypeError | ValueError):  # of its arguments; computed where it is called
+        if isinstance(error, EncodeError):  # of its arguments; computed where it is called
             self._remember(self._unsendable, key, UNSENDABLE)
         if isinstance(error, OperationalError | OSError):
             self._no_broker_until = time.monotonic() + NO_BROKER

@@ -107,8 +107,6 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
             ValueError: *mlcache* is none of these.
         """
         options |= dict(zip(_REST, rest, strict=False))
-        if mlcache is not None and modes.LEVEL in (options.get("stamped_headers") or ()):
-            options[modes.LEVEL] = mlcache  # a stamp of this name, which Celery takes out of the options itself
         self._mlcache_choose(mlcache, options)
         settings = self.cache.options
         if settings.producer or settings.coalesce:
@@ -126,6 +124,9 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
 
     def _mlcache_choose(self, mode: object, options: dict[str, Any]) -> None:
         """Turn a mode into a header: an unknown option would be lost on the way."""
+        if mode is not None and modes.LEVEL in (options.get("stamped_headers") or ()):
+            options[modes.LEVEL] = mode  # a stamp of this name, which Celery takes out of the options itself
+            mode = mode if mode in modes.MODES else None  # ... and may be somebody else's
         if mode is None:
             mode = modes.ambient_mode(self)
             if mode is None or modes.HEADER in (options.get("headers") or {}):

@@ -863,6 +863,21 @@ class TestStale:
         assert stat(two, "refreshes_sent") == 1
         assert 1000 * serving.MARK_SENDING < redis.pttl(fleet.mark(two)) <= 1000 * serving.MARK_LIFE
 
+    def test_a_worker_that_is_faster_than_the_sender_takes_the_mark_away_for_good(self, fleet, redis, monkeypatch):
+        """A refresh that is over before its sender has noted that it was sent holds nobody up."""
+        one, two, _ = self.aged(fleet)
+        publish = two.mlcache_publish
+
+        def publish_and_execute(*args, **options):
+            result = publish(*args, **options)
+            assert deliver(fleet._sent[-1], one)[0] == "SUCCESS"
+            return result
+
+        monkeypatch.setattr(two, "mlcache_publish", publish_and_execute)
+        assert two() == 1
+        assert stat(two, "refreshes_sent") == 1
+        assert not redis.exists(fleet.mark(two))
+
     def test_queue_and_priority(self, fleet):
         """They reach the message; refresh_async() takes them too."""
         _, two, _ = self.aged(fleet, refresh_queue="slow", refresh_priority=3)

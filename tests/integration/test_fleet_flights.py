@@ -17,6 +17,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_mlcache import CacheManager, CallInProgressError, create_cache_manager
 from celery_mlcache.entry import MISS
+from celery_mlcache.errors import RemoteStoreError
 from celery_mlcache.keys import RedisNames
 from celery_mlcache.leases import Lease, Leases, held
 from celery_mlcache.loading import MAX_LOST
@@ -433,6 +434,24 @@ class TestLeases:
         fleet.a.close()
         mine.join(TIMEOUT)
         assert not mine.is_alive()
+
+    def test_a_grant_whose_reply_was_lost_is_still_ones_own(self, fleet):
+        """Who has got the lease without knowing takes it up, and waits for nobody; another cache would wait."""
+        leases, lost = leases_of(fleet.a), []
+        ask = leases.ask
+
+        def lose(*args: Any, **options: Any) -> Any:
+            grant = ask(*args, **options)
+            if not lost:
+                lost.append(grant)
+                raise RemoteStoreError("acquire", "connection lost", outcome_unknown=True)
+            return grant
+
+        leases.ask = lose
+        assert fleet.a.resolve("k", plan_of(lambda: "v", max_wait=3600)).value == "v"
+        assert lost[0].is_mine
+        assert (fleet.a.stats()["waits"], fleet.a.stats()["leases"]) == (0, 1)
+        assert not leases_of(fleet.b).is_mine(lost[0])
 
     def test_a_forked_child_loads_under_leases_of_its_own(self, fleet):
         """A child made in the middle of a load neither keeps the parent's lease nor lacks a thread for its own."""

@@ -456,6 +456,10 @@ class Server:
         self.marks[key] = (self._after(ms), owner)
         return True
 
+    def prolong(self, key: str, ms: int) -> None:
+        if owner := self.marked(key):
+            self.marks[key] = (self._after(ms), owner)
+
     def marked(self, key: str) -> str:
         until, owner = self.marks.get(key, (0, ""))
         return owner if until > self.now_us() // 1000 else ""
@@ -617,6 +621,9 @@ class ScriptedRemote:
 
     def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
         return bool(self._call("mark", lambda: self.server.mark(key, milliseconds(seconds), owner, is_new=is_new)))
+
+    def prolong(self, key: str, seconds: float) -> None:
+        self._call("prolong", lambda: self.server.prolong(key, milliseconds(seconds)))
 
     def marked(self, key: str, *, within: float | None = None) -> str:
         return str(self._call("marked", lambda: self.server.marked(key)))

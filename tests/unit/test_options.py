@@ -333,3 +333,9 @@ class TestPrecedence:
         app.conf.mlcache_tasks = {"*": {"ttl": 3}}
         assert not fleet_of(app).config.l2_enabled
         assert self.task(app)("a") == "a"
+
+
+def test_negative_takes_no_error_of_the_cache_itself():
+    """Such an error says something of a moment, and nothing of the call."""
+    with pytest.raises(ConfigurationError, match="negative cannot take CallInProgressError"):
+        Options(negative={CallInProgressError: 5})

@@ -638,6 +638,20 @@ def test_a_worker_that_has_died_is_not_waited_for(shared, joint, sent):
     assert sent == [first.id, second.id]
 
 
+def test_a_shared_call_is_a_child_of_the_task_that_has_made_it(shared, joint, sent):
+    """As what is sent is, and what is answered."""
+    first = joint.delay(1)
+
+    @shared.task(bind=True, shared=False)
+    def parent(self):
+        joint.delay(1)
+        return [child.id for child in self.request.children]
+
+    shared.finalize()
+    parent = shared.tasks[parent.name]
+    assert execute(parent, parent.AsyncResult("parent")).retval == [first.id]
+
+
 def test_threads_that_call_at_the_same_time_send_one_message(shared, joint, sent):
     """Where several threads of a process make the same call at once, one of them sends it."""
     with ThreadPoolExecutor(8) as pool:

@@ -489,6 +489,13 @@ class TestModes:
         with pytest.raises(NotCachedError, match="the call has no key"):
             task.apply((object(),), mlcache="only")
 
+    def test_a_stamp_of_that_name_may_be_somebody_elses(self, app):
+        """What is no mode is no mistake where it is a stamp."""
+        task = counting(app)
+        sig = task.s()
+        sig.stamp(mlcache="gold")
+        assert [sig.apply_async().get(), task()] == [1, 1]
+
     def test_stale_ok(self, app):
         """Without anything stale it is as "use"."""
         task = counting(app, stale_ttl=5)
@@ -895,6 +902,9 @@ class TestTrouble:
         assert counting(app, closing, cache_if=boom)() == 1
         after = counting(app)
         assert [after(), after.apply().get()] == [1, 2]
+        with pytest.raises(NotCachedError, match="the cache is closed"):
+            after.apply(mlcache="only")
+        assert after() == 3
         with pytest.raises(CacheClosedError):
             after.cache.get()
 
