@@ -234,7 +234,7 @@ class _Process:
 
     def _problem_of_span(self, op: Op, span: Span, allowed: list[Known]) -> tuple[str, Known | None] | None:
         """Return the law by which *op* must not be answered from *span*, or None."""
-        ended = span.ended
+        ended = self.oracle.really_ended(span)
         for known in allowed:
             if known.law is CAUSAL and self._is_forgotten(known):
                 continue

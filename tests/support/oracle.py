@@ -266,6 +266,18 @@ class Oracle:
                 return event
         return None
 
+    def really_ended(self, span: Span) -> Event | None:
+        """Return what made a copy of *span* wrong: not a fill of the same row, after the record of a tag was lost.
+
+        Nobody announces such a loss, and nobody need: what copies hold is what is there again, and lasts as long as it
+        was given first.
+        """
+        ended = span.ended
+        while ended is not None and ended.kind == "fill" and ended.versions.get(span.key) == span.version:
+            again = next(each for each in self.spans[span.key, span.version] if each.began is ended)
+            ended = again.ended
+        return ended
+
     def at_stamp(self, stamp: int) -> Event | None:
         """Return the event with this stamp; None where there is none, or one in each of two lives of the server."""
         found = self._by_stamp.get(stamp, ())

@@ -441,6 +441,21 @@ class TestExpiry:
         story.read("b", 2.9, 1)
         assert story.verdict() == [laws.STALE]
 
+    def test_a_row_that_was_filled_again_after_its_tags_record_was_lost(self, story):
+        """A copy of it lasts as long as it was given, though what is in L2 now was given less; a new row ends both."""
+        story.server.fill(1, "m", 1, ttl=50.0)
+        story.read("b", 1.1, 1, "m")
+        story.server._run(2, "DEL", NAMES.tag("tag"))  # nothing is announced
+        story.server.fill(2.1, "m", 1, ttl=0.2)
+        stamp = story.write("a", 2.2, 1)
+        story.op("a", Verb.TOKEN, "k", 2.3, stamp=stamp)
+        story.op("b", Verb.BARRIER, "k", 2.31, stamp=stamp)
+        story.read("b", 2.5, 1, "m")
+        assert story.verdict() == []
+        story.write("a", 2.6, 2, "m")
+        story.read("b", 3.5, 1, "m")
+        assert len(story.verdict()) == 1
+
     def test_a_new_life(self, story):
         """A new life under a new stamp, longer or shorter: the old end holds for delta, the new one counts."""
         story.write("a", 1, 1, ttl=9.0)
