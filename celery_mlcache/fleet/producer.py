@@ -181,13 +181,13 @@ def _answered(serving: Serving, call: _Call, record: Record) -> Any:
     except Exception as exc:
         if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
             raise
-        serving.note_error(call.key, "producer", exc)
+        serving.told.note_error(call.key, "producer", exc)
         return None
     _add_trail(task, result, options)
     serving.manager.count("producer_hits")
     serving.note_hit(call.key, "producer", record)
-    if serving.options.early and serving.is_early(record):
-        serving.refresh_soon(call.key, call.args, call.kwargs, record)
+    if serving.options.early and serving.refreshing.is_early(record):
+        serving.refreshing.soon(call.key, call.args, call.kwargs, record)
     return result
 
 
@@ -300,7 +300,7 @@ def _is_under_way(task: CachedTask, key: str, found: Any, seen: Glance, budget: 
     except Exception as exc:
         if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
             raise
-        task.cache.serving.note_error(key, "producer", exc)
+        task.cache.serving.told.note_error(key, "producer", exc)
         return False
     if seen.stamp > since or state not in _UNDER_WAY:
         return False

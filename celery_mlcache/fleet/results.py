@@ -134,7 +134,7 @@ class TaskCache:
 
     def refresh_async(self, *args: Any, **kwargs: Any) -> Any:
         """Send a task that refreshes a call, on the task's ``refresh_queue``, and return its AsyncResult."""
-        return self.serving.send_refresh(args, kwargs)
+        return self.serving.refreshing.send(args, kwargs)
 
     def using(self, mode: modes.Mode) -> AbstractContextManager[None]:
         """Give every call of this task in a block, direct or sent, a mode: ``with price.cache.using("refresh"): ...``.

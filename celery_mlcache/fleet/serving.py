@@ -10,9 +10,6 @@
 What may live here: what a call's mode and the task's options mean. In which order levels are asked, and who loads in
 the fleet, is the manager's. User errors pass through untouched, and so does what tells the worker what to do (Retry,
 Ignore, Reject, SoftTimeLimitExceeded, SystemExit); only what ``negative`` or ``stale_if_error`` name is ever caught.
-
-Early refresh is XFetch: A. Vattani, F. Chierichetti, K. Lowenstein, "Optimal Probabilistic Cache Stampede Prevention",
-VLDB 2015. Times of day are the clocks of workers, so a skew between them moves early refreshes, and nothing else.
 """
 
 from __future__ import annotations
@@ -24,12 +21,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
-from math import log as ln
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.exceptions import Retry
-from kombu.exceptions import EncodeError, OperationalError
 
 from celery_mlcache import leases
 from celery_mlcache.calls import CallKeys, names_in
@@ -48,6 +42,8 @@ from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.lineage import ancestry
 from celery_mlcache.fleet.options import INTERRUPTS, Options, seconds
 from celery_mlcache.fleet.record import Record, pack_error, unpack, unpack_error
+from celery_mlcache.fleet.refreshing import Refreshing
+from celery_mlcache.fleet.telling import Telling
 from celery_mlcache.keys import check_tags, wire
 from celery_mlcache.manager import CacheManager
 from celery_mlcache.plans import MAX_TTL, Answer, Loaded, Plan, check_ttl
@@ -56,13 +52,6 @@ if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask
 
 COALESCE: Final = 60.0  # seconds for which the same call may be answered by one that is under way
-MARK_SENDING: Final = 5.0  # seconds after which another process sends a refresh, where one has died sending it
-MARK_LIFE: Final = 60.0  # seconds after which a refresh that was sent, and has not been heard of since, is sent again
-UNSENDABLE: Final = 300.0  # seconds for which no refresh of a call is sent whose arguments could not be
-ASK_AGAIN: Final = 1.0  # seconds after which this process asks again for a refresh that it has asked for
-MAX_ASKED: Final = 4096  # keys that it remembers so
-NO_BROKER: Final = 5.0  # seconds for which no refresh is sent after the broker was not there
-FAILED: Final = 5.0  # seconds for which no refresh is sent after one has failed, or its result was not to be kept
 RETRY_AT_LEAST: Final = 0.05  # seconds, for a retry in place of waiting
 HOST: Final = socket.gethostname()
 
@@ -95,18 +84,16 @@ class Serving:
         self.options = options
         self.keys = keys
         self.own_tag = f"task:{task.name}"  # of every result: what invalidate_all() needs
-        self._has_warned: set[str] = set()
+        self.told = Telling(task)
+        self.refreshing = Refreshing(self.told, options)
         self._paused_until = 0.0
-        self._asked: dict[str, float] = {}  # until when a refresh need not be asked for again, by key
-        self._no_broker_until = 0.0
-        self._unsendable: dict[str, float] = {}  # until when no refresh of a call is sent, for its arguments cannot be
         templates = () if callable(options.tags) else options.tags
         self._tag_names = tuple(dict.fromkeys(name for template in templates for name in names_in(template)))
 
-    @cached_property
+    @property
     def manager(self) -> CacheManager:
         """The app's cache manager."""
-        return fleet_of(self.task.app).cache
+        return self.told.manager
 
     @property
     def is_paused(self) -> bool:
@@ -137,7 +124,7 @@ class Serving:
         try:
             call = Call(lambda: run(*args, **kwargs), args, kwargs, bound, self.keys.name(bound), self.tags_of(bound))
         except (SerializationError, CacheKeyError) as exc:
-            self._note_uncacheable(exc)
+            self.told.note_uncacheable(exc)
             if mode == "only":
                 raise NotCachedError(self.task.name, "", f"the call has no key: {exc}") from exc
             return self._run_uncached(run, args, kwargs, "uncacheable")
@@ -198,31 +185,31 @@ class Serving:
         level = answer.level
         request.__dict__[modes.LEVEL] = level
         if level == "stale":
-            self._send(signals.cache_stale, call.key, age=time.time() - record.made_at, error=answer.error)
+            self.told.send(signals.cache_stale, call.key, age=time.time() - record.made_at, error=answer.error)
             if answer.error is None:
-                self.refresh_soon(call.key, call.args, call.kwargs, record)
+                self.refreshing.soon(call.key, call.args, call.kwargs, record)
         elif level == "miss":  # it ran here, and somebody else's result was first
-            self._send(signals.cache_miss, call.key, seconds=record.seconds, is_cached=True)
+            self.told.send(signals.cache_miss, call.key, seconds=record.seconds, is_cached=True)
         else:
             self.note_hit(call.key, level, record)
-            if self.options.early and self.is_early(record):
-                self.refresh_soon(call.key, call.args, call.kwargs, record)
+            if self.options.early and self.refreshing.is_early(record):
+                self.refreshing.soon(call.key, call.args, call.kwargs, record)
         if error is not None:
-            self._count("negative_hits")
+            self.told.count("negative_hits")
             raise error
         return record.value
 
     def note_hit(self, key: str, level: str, record: Record) -> None:
         """Count and tell that a call was answered out of the cache."""
-        self._count("seconds_saved", record.seconds)
-        self._send(signals.cache_hit, key, level=level, seconds_saved=record.seconds)
+        self.told.count("seconds_saved", record.seconds)
+        self.told.send(signals.cache_hit, key, level=level, seconds_saved=record.seconds)
 
     def _finish_loaded(self, call: Call, answer: Answer, request: Any) -> Any:
         if answer.is_degraded:
-            self._send(signals.cache_error, call.key, what="l2", error=None)
+            self.told.send(signals.cache_error, call.key, what="l2", error=None)
         elif call.record is not None and not answer.is_kept and self._is_on:
-            self._send(signals.cache_error, call.key, what="value", error=None)
-        self._send(signals.cache_miss, call.key, seconds=call.took, is_cached=answer.is_stored)
+            self.told.send(signals.cache_error, call.key, what="value", error=None)
+        self.told.send(signals.cache_miss, call.key, seconds=call.took, is_cached=answer.is_stored)
         request.__dict__[modes.LEVEL] = "refresh" if request.__dict__.get(modes.LEVEL) == "refresh" else "miss"
         if call.error is not None:
             raise call.error
@@ -245,7 +232,7 @@ class Serving:
         """Do what a reader of a stale result has asked for, unless somebody else did it or is about to."""
         record = unpack(self.manager.get(call.key, MISS))
         is_done = record is not None and isinstance(since, int | float) and record.made_at > since
-        answer, is_settled, mark = None, True, self._mark_name(call.key)
+        answer, is_settled, mark = None, True, self.refreshing.mark_name(call.key)
         try:
             if not is_done:
                 is_settled = False
@@ -257,12 +244,11 @@ class Serving:
             is_settled = True
         finally:
             if is_settled:
-                self._unmark(mark)
+                self.told.unmark(mark)
             else:  # what goes wrong is not tried again by the next reader at once
-                with suppress(CacheClosedError, RemoteStoreError):
-                    self.manager.mark(mark, FAILED, is_new=False)
+                self.refreshing.has_failed(call.key)
         if answer is None:
-            self._count("refreshes_skipped")
+            self.told.count("refreshes_skipped")
             return None if record is None or record.is_error else record.value
         return self._finish_loaded(call, answer, request)
 
@@ -277,7 +263,7 @@ class Serving:
         return Plan(
             lambda: self._load(call),
             tags=call.tags,
-            wants_stale=self.takes_stale(mode) and not self._remembers(self._unsendable, call.key),
+            wants_stale=self.takes_stale(mode) and self.refreshing.is_possible(call.key),
             forgives=options.forgives if options.stale_ttl else None,
             is_shared=True,
             contention=contention,
@@ -312,7 +298,7 @@ class Serving:
         except Exception as exc:
             if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
                 raise
-            self._note_hook(call.key, exc)
+            self.told.note_hook(call.key, exc)
             kept = None
         if kept is None:
             return Loaded(call.result, is_kept=False)
@@ -383,7 +369,7 @@ class Serving:
     ) -> Any:
         self.task.request.__dict__[modes.LEVEL] = level
         if level == "bypass":
-            self._count("bypassed_calls")
+            self.told.count("bypassed_calls")
         return modes.run_apart(self.task, lambda: run(*args, **kwargs))
 
     # ---- contention -----------------------------------------------------------------------------------------
@@ -404,136 +390,10 @@ class Serving:
         except Exception as exc:
             if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
                 raise
-            self._warn_once("a call could not be sent again, and is computed", exc)
+            self.told.warn_once("a call could not be sent again, and is computed", exc)
             return
         when: Any = countdown
         raise Retry(exc=why, when=when, sig=again)
-
-    # ---- refreshing -----------------------------------------------------------------------------------------
-
-    def refresh_soon(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], record: Record) -> None:
-        """See to it that one task, in the whole fleet, computes a call anew. Waits for nothing, and never raises."""
-        if self._remembers(self._asked, key) or self._remembers(self._unsendable, key):
-            return  # a hot key has thousands of readers
-        self._remember(self._asked, key, ASK_AGAIN)
-        job = partial(self._refresh_now, key, args, kwargs, record.made_at)
-        if self.task.app.conf.task_always_eager:
-            job()
-        elif not fleet_of(self.task.app).errands.ask(job):
-            self._count("refreshes_failed")
-
-    @staticmethod
-    def _remember(table: dict[str, float], key: str, seconds: float) -> None:
-        if len(table) >= MAX_ASKED:
-            table.clear()
-        table[key] = time.monotonic() + seconds
-
-    @staticmethod
-    def _remembers(table: Mapping[str, float], key: str) -> bool:
-        return time.monotonic() < table.get(key, 0.0)
-
-    def _refresh_now(self, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], since: float) -> None:
-        """Send the task that refreshes a call, unless somebody in the fleet has; in the thread for errands."""
-        mark = self._mark_name(key)
-        is_first = False
-        with suppress(CacheClosedError, RemoteStoreError):
-            is_first = self.manager.mark(mark, MARK_SENDING)
-        if not is_first:
-            return
-        if time.monotonic() < self._no_broker_until:
-            self._note_unsent(key, None)
-            return
-        try:
-            self.send_refresh(args, kwargs, since=since)
-        except Exception as exc:
-            if isinstance(exc, INTERRUPTS) or is_interrupt(exc):
-                self._unmark(mark)
-                raise  # an eager task's own
-            self._note_unsent(key, exc)
-        else:
-            self._count("refreshes_sent")
-            with suppress(CacheClosedError):  # a worker that was faster has taken it away, and it stays so
-                self.manager.prolong(mark, MARK_LIFE)
-
-    def _note_unsent(self, key: str, error: Exception | None) -> None:
-        """Let somebody else try; *error* is None where it was not even tried."""
-        self._unmark(self._mark_name(key))
-        self._count("refreshes_failed")
-        if error is None:
-            return
-        if isinstance(error, EncodeError):  # of its arguments; computed where it is called
-            self._remember(self._unsendable, key, UNSENDABLE)
-        if isinstance(error, OperationalError | OSError):
-            self._no_broker_until = time.monotonic() + NO_BROKER
-        self._warn_once("a refresh could not be sent", error)
-        self._send(signals.cache_error, key, what="refresh", error=error)
-
-    def send_refresh(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, since: float | None = None) -> Any:
-        """Send the task that refreshes a call, and return its AsyncResult."""
-        options: dict[str, Any] = {"headers": {modes.HEADER: "refresh"}}
-        if since is not None:  # nobody waits for it, and a dead broker must not hold up who was just answered
-            options["headers"][modes.SINCE] = since
-            options |= {"ignore_result": True, "retry": False, "add_to_parent": False}
-        if self.options.refresh_queue is not None:
-            options["queue"] = self.options.refresh_queue
-        priority = self._refresh_priority if self.options.refresh_priority is None else self.options.refresh_priority
-        if priority is not None:
-            options["priority"] = priority
-        return self.task.mlcache_publish(tuple(args), dict(kwargs), **options)
-
-    @cached_property
-    def _refresh_priority(self) -> int | None:
-        """The lowest priority, which is 0 for RabbitMQ and 9 for Redis."""
-        transport = self.task.app.connection_for_write().transport_cls
-        return {"amqp": 0, "amqps": 0, "pyamqp": 0, "librabbitmq": 0, "redis": 9, "rediss": 9, "sentinel": 9}.get(
-            str(transport)
-        )
-
-    @staticmethod
-    def _mark_name(key: str) -> str:
-        return f"refresh:{key}"
-
-    def is_early(self, record: Record) -> bool:
-        """Return whether to refresh now, by XFetch: the likelier, the sooner it ends and the longer it takes."""
-        ends, now = record.made_at + record.life, time.time()
-        if not record.made_at <= now < ends:
-            return False  # it is fresh, so a clock is wrong; there is no telling how long it lasts
-        ahead = -record.seconds * self.options.early * ln(1.0 - random.random())  # noqa: S311 - a sample
-        return now + ahead >= ends
-
-    # ---- what is told ---------------------------------------------------------------------------------------
-
-    def _count(self, name: str, number: float = 1) -> None:
-        with suppress(CacheClosedError):  # since this call has begun: it ends as any other
-            self.manager.count(name, number)
-
-    def _unmark(self, name: str, *, owner: str = "") -> None:
-        with suppress(CacheClosedError):
-            self.manager.unmark(name, owner=owner)
-
-    def _send(self, signal: Any, key: str | None, **what: Any) -> None:
-        if signal.receivers:
-            signal.send(sender=self.task, key=key, **what)
-
-    def _note_uncacheable(self, why: Exception) -> None:
-        self._count("uncacheable_calls")
-        self._warn_once("a call cannot be cached", why)
-        self._send(signals.cache_error, None, what="key", error=why)
-
-    def note_error(self, key: str, what: str, why: Exception) -> None:
-        """Tell that something about the cache went wrong, and the call goes on without."""
-        self._warn_once(f"cache trouble: {what}", why)
-        self._send(signals.cache_error, key, what=what, error=why)
-
-    def _note_hook(self, key: str, why: Exception) -> None:
-        self._count("hook_failures")
-        self._warn_once("an option of a cached task has raised", why)
-        self._send(signals.cache_error, key, what="hook", error=why)
-
-    def _warn_once(self, what: str, why: Exception) -> None:
-        if what not in self._has_warned:
-            self._has_warned.add(what)
-            log.warning(what, extra={"task": self.task.name, "why": str(why)})
 
 
 def started_name(task_id: str) -> str:

@@ -24,7 +24,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import CallInProgressError, NotCachedError, RemoteStoreError
-from celery_mlcache.fleet import serving, signals
+from celery_mlcache.fleet import refreshing, signals
 from celery_mlcache.fleet.app import find_fleet
 from celery_mlcache.fleet.record import unpack
 from celery_mlcache.keys import RedisNames
@@ -182,7 +182,7 @@ def deliver(message, task):
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
     """What a process has asked for it would not ask for again within a second."""
-    monkeypatch.setattr(serving, "ASK_AGAIN", 0.0)
+    monkeypatch.setattr(refreshing, "ASK_AGAIN", 0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -803,7 +803,7 @@ class TestStale:
         assert deliver(message, failing)[0] == "FAILURE"
         assert two() == 1
         assert len(fleet.sent) == 1
-        assert 0 < redis.pttl(fleet.mark(one)) <= 1000 * serving.FAILED
+        assert 0 < redis.pttl(fleet.mark(one)) <= 1000 * refreshing.FAILED
         redis.delete(fleet.mark(one))
         assert two() == 1
         assert len(fleet.sent) == 2
@@ -820,14 +820,14 @@ class TestStale:
             "negative": {NotFoundError: 30},
             "stale_if_error": forgive,
         }
-        monkeypatch.setattr(serving.Serving, "is_early", lambda self, record: was == "fresh")
+        monkeypatch.setattr(refreshing.Refreshing, "is_early", lambda self, record: was == "fresh")
         one, two = fleet.task(numbered(), **options), fleet.task(forbidden, **options)
         assert one() == 1
         if was == "stale":
             one.cache.manager.expire(one.cache.key())
         assert two() == 1
         (message,) = fleet.sent
-        monkeypatch.setattr(serving.Serving, "is_early", lambda self, record: False)
+        monkeypatch.setattr(refreshing.Refreshing, "is_early", lambda self, record: False)
 
         def body(_):
             raise NotFoundError("a")
@@ -858,10 +858,10 @@ class TestStale:
         monkeypatch.setattr(two, "mlcache_publish", lambda *_, **__: gate())
         assert two() == 1
         gate.wait_entered()
-        assert 0 < redis.pttl(fleet.mark(two)) <= 1000 * serving.MARK_SENDING
+        assert 0 < redis.pttl(fleet.mark(two)) <= 1000 * refreshing.MARK_SENDING
         gate.opened.set()
         assert stat(two, "refreshes_sent") == 1
-        assert 1000 * serving.MARK_SENDING < redis.pttl(fleet.mark(two)) <= 1000 * serving.MARK_LIFE
+        assert 1000 * refreshing.MARK_SENDING < redis.pttl(fleet.mark(two)) <= 1000 * refreshing.MARK_LIFE
 
     def test_a_worker_that_is_faster_than_the_sender_takes_the_mark_away_for_good(self, fleet, redis, monkeypatch):
         """A refresh that is over before its sender has noted that it was sent holds nobody up."""
@@ -889,7 +889,7 @@ class TestStale:
 
     def test_a_broker_that_fails(self, fleet, monkeypatch, caplog, told):
         """The stale result is served all the same, it is counted and told, and the next reader tries again."""
-        monkeypatch.setattr(serving, "NO_BROKER", 0.0)
+        monkeypatch.setattr(refreshing, "NO_BROKER", 0.0)
         _, two, _ = self.aged(fleet)
         publish = two.mlcache_publish
 
@@ -936,7 +936,7 @@ class TestStale:
 
     def test_a_process_asks_once_a_second(self, fleet, monkeypatch):
         """Readers of a hot key that is stale do not ask L2 for the mark each time."""
-        monkeypatch.setattr(serving, "ASK_AGAIN", LONG)
+        monkeypatch.setattr(refreshing, "ASK_AGAIN", LONG)
         _, two, _ = self.aged(fleet)
         manager, asked = two.cache.manager, []
         monkeypatch.setattr(manager, "mark", lambda *args, **_: asked.append(args))
@@ -1047,7 +1047,7 @@ class TestStale:
 class TestEarly:
     def test_one_refresh(self, fleet, told, monkeypatch):
         """Lots fall for one refresh in the fleet; who draws it is served what is fresh."""
-        monkeypatch.setattr("celery_mlcache.fleet.serving.Serving.is_early", lambda self, record: True)
+        monkeypatch.setattr("celery_mlcache.fleet.refreshing.Refreshing.is_early", lambda self, record: True)
         body = numbered()
         one, two = fleet.task(body, early=True), fleet.task(forbidden, early=True)
         assert one() == 1
@@ -1061,7 +1061,7 @@ class TestEarly:
 
     def test_off(self, fleet, monkeypatch):
         """Without the option nobody refreshes."""
-        monkeypatch.setattr("celery_mlcache.fleet.serving.Serving.is_early", lambda self, record: True)
+        monkeypatch.setattr("celery_mlcache.fleet.refreshing.Refreshing.is_early", lambda self, record: True)
         one = fleet.task(numbered())
         assert [one(), one()] == [1, 1]
         assert fleet.sent == []

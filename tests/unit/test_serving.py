@@ -20,7 +20,7 @@ from kombu.utils import json as wire
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import CacheClosedError, CallInProgressError, NotCachedError, SerializationError
-from celery_mlcache.fleet import modes, serving, signals
+from celery_mlcache.fleet import modes, refreshing, serving, signals
 from celery_mlcache.fleet.record import Record, unpack
 
 
@@ -119,7 +119,7 @@ class TestLife:
     def test_jitter_takes_off(self, app, monkeypatch):
         """At most that part of a life is taken off, and nothing is added; the option wins over the setting."""
         for draw, life in ((0.0, 100.0), (0.5, 90.0), (math.nextafter(1.0, 0), 80.0)):
-            monkeypatch.setattr(serving.random, "random", lambda draw=draw: draw)
+            monkeypatch.setattr(refreshing.random, "random", lambda draw=draw: draw)
             task = counting(app, ttl=100, jitter=0.2)
             task()
             assert stored(task).life == pytest.approx(life)
@@ -127,12 +127,12 @@ class TestLife:
 
     def test_jitter_of_the_whole_life(self, app, monkeypatch):
         """Even then there is some life left."""
-        monkeypatch.setattr(serving.random, "random", lambda: math.nextafter(1.0, 0))
+        monkeypatch.setattr(refreshing.random, "random", lambda: math.nextafter(1.0, 0))
         assert counting(app, ttl=1e-3, jitter=1)() == 1
 
     def test_errors_are_jittered_too(self, app, monkeypatch):
         """What ``negative`` caches ends at different times as well."""
-        monkeypatch.setattr(serving.random, "random", lambda: 0.5)
+        monkeypatch.setattr(refreshing.random, "random", lambda: 0.5)
 
         @cached_task(app=app, negative={NotFoundError: 10}, jitter=0.2)
         def find():
@@ -949,7 +949,7 @@ class TestTrouble:
 
     def test_a_task_without_a_broker(self, app, caplog, monkeypatch):
         """A refresh that cannot be sent is counted, logged once, told, and does not reach the caller."""
-        monkeypatch.setattr(serving, "ASK_AGAIN", 0.0)
+        monkeypatch.setattr(refreshing, "ASK_AGAIN", 0.0)
         task = counting(app, early=100.0)
         manager = task.cache.manager
         manager.mark = lambda *args, **kwargs: True  # without L2 there are no marks
@@ -978,29 +978,29 @@ class TestEarly:
         left = -math.log(share) * beta * took
         task = counting(app, early=beta)
         record = Record(1, took, 1000.0, 60.0, "m")
-        monkeypatch.setattr(serving.time, "time", lambda: 1060.0 - left)
+        monkeypatch.setattr(refreshing.time, "time", lambda: 1060.0 - left)
         rounds = 20_000
-        found = sum(task.cache.serving.is_early(record) for _ in range(rounds)) / rounds
+        found = sum(task.cache.serving.refreshing.is_early(record) for _ in range(rounds)) / rounds
         assert found == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / rounds))
 
     def test_bounds(self, app, monkeypatch):
         """Never for a task that takes no time, and never by a clock that is wrong."""
-        serve = counting(app, early=True).cache.serving
+        serve = counting(app, early=True).cache.serving.refreshing
         record = Record(1, 0.0, 1000.0, 60.0, "m")
-        monkeypatch.setattr(serving.time, "time", lambda: 1060.0)
+        monkeypatch.setattr(refreshing.time, "time", lambda: 1060.0)
         assert not serve.is_early(record)  # what is still served then has another clock
-        monkeypatch.setattr(serving.time, "time", lambda: 999.9)
+        monkeypatch.setattr(refreshing.time, "time", lambda: 999.9)
         assert not serve.is_early(Record(1, 1e6, 1000.0, 60.0, "m"))
-        monkeypatch.setattr(serving.time, "time", lambda: 1059.9)
+        monkeypatch.setattr(refreshing.time, "time", lambda: 1059.9)
         assert not any(serve.is_early(record) for _ in range(1000))
-        monkeypatch.setattr(serving.random, "random", lambda: math.nextafter(1.0, 0))
+        monkeypatch.setattr(refreshing.random, "random", lambda: math.nextafter(1.0, 0))
         assert serve.is_early(Record(1, 1.0, 1000.0, 60.0, "m"))
 
     def test_off(self, app, monkeypatch):
         """Without the option nobody draws lots."""
         task = counting(app)
         task.cache.manager.set(task.cache.key(), Record(7, 1e6, 1e9, 60.0, "m").pack())
-        monkeypatch.setattr(task.cache.serving, "is_early", boom)
+        monkeypatch.setattr(task.cache.serving.refreshing, "is_early", boom)
         assert task() == 7
 
 
@@ -1027,7 +1027,7 @@ class TestHelpers:
         """It is 0 for RabbitMQ and 9 for Redis, and unknown elsewhere."""
         app = Celery("p", broker=url, set_as_current=False)
         setup_cache(app, l2_enabled=False)
-        assert counting(app).cache.serving._refresh_priority == priority
+        assert counting(app).cache.serving.refreshing._lowest_priority == priority
         app.close()
 
 
