@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from typing import Final, TypeVar
 
@@ -32,6 +33,15 @@ from celery_mlcache.singleflight import Flight
 from celery_mlcache.transfer import Found, Transfer
 
 T = TypeVar("T")
+
+
+class Turn(Enum):
+    """What a call is to do that has neither a lease nor a value."""
+
+    AGAIN = "look again"
+    LOST = "look again: L2 has failed, and whether that was a connection or the server the look will tell"
+    ALONE = "load without a lease"
+
 
 MAX_LOST: Final = 3  # times that L2 may fail a call over a lease, though it answers reads, before it loads without
 
@@ -106,8 +116,8 @@ class Loading:
                     return Answer(stale.read(), "stale")  # who follows finds it too, and knows what it is
                 is_stale_asked = False
             turn = self._take_turn(parts, found, plan, give_up)
-            lost += turn is False
-            if turn is None or lost > MAX_LOST:
+            lost += turn is Turn.LOST
+            if turn is Turn.ALONE or lost > MAX_LOST:
                 break
             if isinstance(turn, Shelved):
                 parts.stats.misses += 1
@@ -120,14 +130,10 @@ class Loading:
                     return answer
         return self._load_and_land(parts, flight, departure, found, plan)
 
-    def _take_turn(self, parts: Parts, found: Found, plan: Plan, give_up: float) -> Lease | Shelved | bool | None:
-        """Ask for the fleet's lease, and wait for it if that is the plan.
-
-        Returns the lease; or a stale value, for one is being loaded; or True: look again; or False: the same, for L2
-        has failed, and whether that was a connection or the server the next look tells; or None: load without.
-        """
+    def _take_turn(self, parts: Parts, found: Found, plan: Plan, give_up: float) -> Lease | Shelved | Turn:
+        """Ask for the fleet's lease, and wait for it if that is the plan; return it, a stale value, or what to do."""
         if parts.leases is None or not plan.is_shared or found.is_unanswered:
-            return None
+            return Turn.ALONE
         key, left = found.ticket.key, give_up - self._clock()
         is_waiting = left > 0 and plan.contention in {"wait", "stale"}
         try:
@@ -135,14 +141,16 @@ class Loading:
             grant = parts.leases.ask(key, seen=0 if found.is_absent else found.stamp, is_waiting=is_waiting)
             if grant.is_mine:
                 return parts.leases.hold(key, grant)
-            return grant.has_value or self._contend(parts, parts.leases, key, grant, plan=plan, left=left)
+            if grant.has_value:
+                return Turn.AGAIN
+            return self._contend(parts, parts.leases, key, grant, plan=plan, left=left)
         except RemoteStoreError as exc:
             self._transfer.failed(parts, exc)
-            return False
+            return Turn.LOST
 
     def _contend(
         self, parts: Parts, leases: Leases, key: str, grant: Grant, *, plan: Plan, left: float
-    ) -> Lease | Shelved | bool | None:
+    ) -> Lease | Shelved | Turn:
         """Another one loads: do what the plan says, and return as :meth:`_take_turn` does."""
         if grant.fence in held() or grant.fence in plan.ancestry():
             return leases.borrow(key, grant.fence)
@@ -156,16 +164,16 @@ class Loading:
         if left > 0 and plan.contention != "compute":
             return self._wait(parts, leases, key, grant, left)
         parts.stats.wait_timeouts += plan.contention != "compute"
-        return None
+        return Turn.ALONE
 
-    def _wait(self, parts: Parts, leases: Leases, key: str, grant: Grant, left: float) -> bool | None:
+    def _wait(self, parts: Parts, leases: Leases, key: str, grant: Grant, left: float) -> Turn:
         parts.stats.waits += 1
         began = self._clock()
         try:
             word = leases.wait(key, grant, left)
         finally:
             parts.stats.wait_seconds += self._clock() - began
-        return None if word == ALONE else True
+        return Turn.ALONE if word == ALONE else Turn.AGAIN
 
     def _load_and_land(self, parts: Parts, flight: Flight, departure: Departure, found: Found, plan: Plan) -> Answer:
         parts.stats.misses += 1

@@ -303,7 +303,9 @@ class CacheManager:
                 return self._inspected(parts, key, stale, "stale")
         if snapshot.stamp:
             return Inspection(why="it was invalidated, or its life has ended, a while ago")
-        return Inspection(why="nothing is stored: it was never computed, or has long been gone")
+        return Inspection(
+            why="nothing is stored: it was never computed, its result was not to be kept, or it has long been gone"
+        )
 
     def _inspected(self, parts: Parts, key: str, snapshot: Snapshot, level: Literal["l1", "l2", "stale"]) -> Inspection:
         assert snapshot.data is not None
@@ -487,7 +489,7 @@ class CacheManager:
         try:
             return self._set_many(((key, loaded.value),), loaded.life, loaded.tags, loaded.stale_life, loaded=loaded)
         except TooLargeError:
-            self.count("unserializable")
+            self.count("too_large")
             return False
 
     def set_many(
@@ -916,13 +918,12 @@ class CacheManager:
         stats = (self._parts or self._start()).stats
         setattr(stats, name, getattr(stats, name) + number)
 
-    def mark(self, name: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
+    def mark(self, name: str, seconds: float, *, is_new: bool = True) -> bool:
         """Set a mark that everybody sees, for so many seconds; return whether it was set.
 
         Args:
             name: What is marked.
             seconds: How long, unless it is taken away before.
-            owner: Whose it is.
             is_new: Only if there is none; else in the place of what is there.
 
         Raises:
@@ -932,7 +933,7 @@ class CacheManager:
         if parts.remote is None:
             return False
         try:
-            return parts.remote.mark(name, seconds, owner=owner, is_new=is_new)
+            return parts.remote.mark(name, seconds, is_new=is_new)
         except RemoteStoreError as exc:
             self._transfer.failed(parts, exc)
             return False
@@ -944,15 +945,15 @@ class CacheManager:
             with suppress(RemoteStoreError):
                 parts.remote.prolong(name, seconds)
 
-    def marked_within(self, name: str, seconds: float) -> tuple[str, bool]:
-        """Return whose mark is set ("": there is none), and whether that was said in so many seconds; never raises."""
+    def marked_within(self, name: str, seconds: float) -> tuple[bool, bool]:
+        """Return whether a mark is set, and whether that was said in so many seconds. Never raises for Redis."""
         parts = self._parts or self._start()
         if parts.remote is None:
-            return "", True
+            return False, True
         try:
             return parts.remote.marked(name, within=seconds), True
         except RemoteStoreError:
-            return "", False
+            return False, False
 
     def holder(self, key: str, *, within: float | None = None) -> str:
         """Return who computes *key* just now under a lease, as far as L2 tells *within* so many seconds, or "".
@@ -966,12 +967,12 @@ class CacheManager:
             return parts.remote.holder(key, within=within)
         return ""
 
-    def unmark(self, name: str, *, owner: str = "") -> None:
-        """Take a mark away, if it is *owner*'s, where one is given. Never raises for Redis."""
+    def unmark(self, name: str) -> None:
+        """Take a mark away. Never raises for Redis."""
         parts = self._parts or self._start()
         if parts.remote is not None:
             with suppress(RemoteStoreError):
-                parts.remote.unmark(name, owner=owner)
+                parts.remote.unmark(name)
 
     def ping(self) -> float | None:
         """Return L2's round-trip time in seconds; None where L2 is off or does not answer."""

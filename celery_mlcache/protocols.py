@@ -276,20 +276,20 @@ class RemoteStore(Protocol):
         """Return who holds the key's lease, or "" where nobody does; *within* as in :meth:`read`."""
         ...
 
-    def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
-        """Leave *owner*'s mark for so many seconds, if there is none or not *is_new*; return whether it was left."""
+    def mark(self, key: str, seconds: float, *, is_new: bool = True) -> bool:
+        """Leave a mark for so many seconds, if there is none or not *is_new*; return whether it was left."""
         ...
 
     def prolong(self, key: str, seconds: float) -> None:
-        """Let a mark last for so many seconds from now, whoever left it; where there is none, none comes of it."""
+        """Let a mark last for so many seconds from now; where there is none, none comes of it."""
         ...
 
-    def marked(self, key: str, *, within: float | None = None) -> str:
-        """Return whose mark is there, or ""; *within* as in :meth:`read`."""
+    def marked(self, key: str, *, within: float | None = None) -> bool:
+        """Return whether there is a mark; *within* as in :meth:`read`."""
         ...
 
-    def unmark(self, key: str, *, owner: str = "") -> None:
-        """Remove the mark, if it is *owner*'s where one is given."""
+    def unmark(self, key: str) -> None:
+        """Remove the mark."""
         ...
 
     def ping(self) -> float:

@@ -409,9 +409,9 @@ class RedisRemote:
     def _hurry(self, within: float | None) -> _Pace | None:
         return None if within is None else _Pace(self._clock() + within, is_hurried=True)
 
-    def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
+    def mark(self, key: str, seconds: float, *, is_new: bool = True) -> bool:
         """Leave a mark, unless there is one that is to stay."""
-        command = ("SET", self._names.mark(key), owner, "PX", milliseconds(seconds), *(("NX",) if is_new else ()))
+        command = ("SET", self._names.mark(key), "1", "PX", milliseconds(seconds), *(("NX",) if is_new else ()))
         (reply,) = self._exchange("mark", _pack(command), is_repeatable=not is_new)
         with self._understanding("mark"):
             return {b"OK": True, None: False}[reply]
@@ -420,17 +420,15 @@ class RedisRemote:
         """Prolong a mark."""
         self._exchange("prolong", _pack(("PEXPIRE", self._names.mark(key), milliseconds(seconds))))
 
-    def marked(self, key: str, *, within: float | None = None) -> str:
-        """Return whose mark is there."""
-        pace = self._hurry(within)
-        (reply,) = self._exchange("marked", _pack(("GET", self._names.mark(key))), pace=pace)
+    def marked(self, key: str, *, within: float | None = None) -> bool:
+        """Look for a mark."""
+        (reply,) = self._exchange("marked", _pack(("EXISTS", self._names.mark(key))), pace=self._hurry(within))
         with self._understanding("marked"):
-            return "" if reply is None else bytes.decode(reply)
+            return {0: False, 1: True}[reply]
 
-    def unmark(self, key: str, *, owner: str = "") -> None:
-        """Remove the mark. Between the look and the removal another's may be set and be removed: it is a hint."""
-        if not owner or self.marked(key) == owner:
-            self._exchange("unmark", _pack(("DEL", self._names.mark(key))))
+    def unmark(self, key: str) -> None:
+        """Remove the mark."""
+        self._exchange("unmark", _pack(("DEL", self._names.mark(key))))
 
     # ---- connections ----------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class Stats:
     l2_errors: int = 0
     l2_rejected: int = 0  # calls the open breaker did not let through
     unserializable: int = 0  # loaded values the codec refused
+    too_large: int = 0  # results larger than their task's max_size
     waits: int = 0  # for another process's loader
     wait_seconds: float = 0.0
     wait_timeouts: int = 0  # ... that was not over in time: the caller ran its own

@@ -190,9 +190,12 @@ class Transfer:
             tail = parts.codec.encode(key, value, tags=tags)
             check_size(tail, loaded)
             shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
+        except TooLargeError:
+            parts.stats.too_large += 1
+            return None
         except SerializationError as exc:
             parts.stats.unserializable += 1
-            if parts.policy.strict and not (loaded.is_optional or isinstance(exc, TooLargeError)):
+            if parts.policy.strict and not loaded.is_optional:
                 raise
             if parts.stats.unserializable == 1:
                 log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})

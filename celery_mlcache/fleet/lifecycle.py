@@ -37,8 +37,6 @@ TASKS: Final = "mlcache_tasks"  # of app.conf: options by task name, "*" for all
 CHILD_BUDGET: Final = 0.05  # seconds: SIGKILL follows a hard time limit after 0.1
 MAIN_BUDGET: Final = 0.5
 
-_NOTHING: Final = lambda: None  # noqa: E731 - for tasks that are not cached
-
 log = logging.getLogger("celery_mlcache")
 _find: Callable[[Any], Fleet | None] = lambda _app: None  # noqa: E731 - until the first app is set up
 _everyone: Callable[[], list[Fleet]] = list
@@ -87,10 +85,15 @@ def on_worker_init(sender: Any, **_: Any) -> None:
     try:
         config = fleet.config
         for task in sender.app.tasks.values():
-            getattr(task, "mlcache_check", _NOTHING)()
+            check = getattr(task, "mlcache_check", None)
+            if check is not None:
+                check()
+            elif getattr(task, "mlcache", None) is not None:
+                log.warning("%s has options for a cache and none: it needs base=CachedTask", task.name)
         unknown = sorted({*(sender.app.conf.get(TASKS) or {})} - {"*", *sender.app.tasks})
         if unknown:
-            log.warning("mlcache_tasks names tasks that this worker does not have", extra={"tasks": unknown})
+            text = "mlcache_tasks names tasks that this worker does not have: %s"
+            log.warning(text, ", ".join(unknown), extra={"tasks": unknown})
     except ConfigurationError as exc:
         # Only BaseException passes through a signal. A worker with a cache that cannot work must not look healthy.
         msg = f"celery_mlcache: {exc}"

@@ -145,13 +145,13 @@ class _Budget:
         self.marked("alive")
         return self._left() > 0
 
-    def marked(self, name: str) -> str:
-        """Return whose mark is set, or ""."""
+    def marked(self, name: str) -> bool:
+        """Return whether a mark is set."""
         left = self._left()
         if left <= 0:
-            return ""
-        owner, is_answered = self._serving.manager.marked_within(name, left)
-        return self._noted(Glance(owner, is_answered)).value  # type: ignore[no-any-return]
+            return False
+        is_marked, is_answered = self._serving.manager.marked_within(name, left)
+        return bool(self._noted(Glance(is_marked, is_answered)).value)
 
     def holder(self, key: str) -> str:
         """Return who computes the call just now, or ""."""

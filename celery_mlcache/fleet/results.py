@@ -150,8 +150,8 @@ class TaskCache:
         """Return where the result of an AsyncResult was found, for those who must know a stale one when they see it.
 
         "l1", "l2", "shared" (another call was computing it), "stale", "producer", or how it came about: "miss",
-        "refresh", "bypass", "uncacheable". None before it is there, and where the result backend keeps no more than
-        Celery's own columns.
+        "refresh", "bypass", "uncacheable". None before it is there, for an EagerResult, and where the result backend
+        keeps no more than Celery's own columns.
         """
         try:
             found: dict[str, Any] = result._get_task_meta()  # noqa: SLF001 - Celery has no public way

@@ -14,7 +14,6 @@ Ignore, Reject, SoftTimeLimitExceeded, SystemExit); only what ``negative`` or ``
 
 from __future__ import annotations
 
-import logging
 import random
 import socket
 import time
@@ -55,8 +54,6 @@ COALESCE: Final = 60.0  # seconds for which the same call may be answered by one
 RETRY_AT_LEAST: Final = 0.05  # seconds, for a retry in place of waiting
 HOST: Final = socket.gethostname()
 
-log = logging.getLogger("celery_mlcache")
-
 
 @dataclass(eq=False, slots=True)
 class Call:
@@ -74,6 +71,7 @@ class Call:
     result: Any = None
     took: float = 0.0  # seconds
     has_begun: bool = False  # its function
+    failure: Exception | None = None  # what that has raised, if it is not cached
 
 
 class Serving:
@@ -130,6 +128,10 @@ class Serving:
             return self._run_uncached(run, args, kwargs, "uncacheable")
         call.since = since
         request.__dict__[modes.LEVEL] = mode if mode == "refresh" else "miss"  # what the body sees, if it runs
+        return self._answer_told(call, request, mode, is_message=is_message)
+
+    def _answer_told(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
+        """Answer a call that has a key, and see to it that whatever comes of it is told."""
         try:
             if is_message and self.options.coalesce:
                 return self._answer_shared(call, request, mode)
@@ -139,7 +141,11 @@ class Serving:
                 raise  # it is the body's own
             if mode == "only":
                 raise NotCachedError(self.task.name, call.key, "the cache is closed") from None
-            return run(*args, **kwargs)
+            return call.run()
+        except Exception as exc:
+            if exc is call.failure and not isinstance(exc, INTERRUPTS) and not is_interrupt(exc):
+                self.told.send(signals.cache_miss, call.key, seconds=call.took, is_cached=False)
+            raise
 
     def _answer(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         if mode == "only":
@@ -288,6 +294,7 @@ class Serving:
             # A good result that is still there is worth more than the news that it cannot be had now.
             is_spared = call.since is not None and options.forgives(exc)
             if life is None or packed is None or is_spared:
+                call.failure, call.took = exc, time.monotonic() - began
                 raise
             call.error, call.took = exc, time.monotonic() - began
             call.record = self._record(packed, call.took, life, is_error=True)

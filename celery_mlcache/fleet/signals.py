@@ -14,8 +14,8 @@ from celery.utils.dispatch import Signal
 #: process was just computing it, or "producer" where no message was sent; ``seconds_saved``: what it took to compute.
 cache_hit: Final = Signal(name="cache_hit", providing_args=["key", "level", "seconds_saved"])
 
-#: A call's function was run, or is about to be raised out of: nothing was cached. ``key``; ``seconds``: how long it
-#: took; ``is_cached``: whether the result is now.
+#: A call's function has run, because nothing was cached, and returned or raised (but for what tells the worker what to
+#: do, such as Retry). ``key``; ``seconds``: how long it took; ``is_cached``: whether what came of it is cached now.
 cache_miss: Final = Signal(name="cache_miss", providing_args=["key", "seconds", "is_cached"])
 
 #: A call was answered with a result whose life has ended. ``key``; ``age``: seconds since it was computed; ``error``:

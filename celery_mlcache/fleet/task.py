@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final
 
@@ -21,8 +22,11 @@ from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.options import OPTION_NAMES, Options
 from celery_mlcache.fleet.results import TaskCache
 
+_NO_RESULT: Final = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 _WRAPPED: Final = "__mlcache_original__"
 _REST: Final = ("task_id", "producer", "link", "link_error", "shadow")  # of Celery's apply_async, in its order
+
+log = logging.getLogger("celery_mlcache")
 
 
 class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
@@ -56,6 +60,10 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         is_static = isinstance(run, staticmethod)
         original = run.__func__ if is_static else run
 
+        if any(ask(original) for ask in _NO_RESULT):
+            msg = f"{cls.__name__}: run must return its result; a coroutine or a generator is none"
+            raise TypeError(msg)
+
         @functools.wraps(original)
         def cached_run(self: CachedTask, *args: Any, **kwargs: Any) -> Any:
             call = original if is_static else functools.partial(original, self)
@@ -88,6 +96,11 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     def mlcache_check(self) -> None:
         """Raise ConfigurationError if an option is wrong, wherever it was given: a worker asks before it starts."""
         _ = self.cache
+        # Celery's annotations, and a class of the user's, make an attribute of anything.
+        strays = [name for name in OPTION_NAMES if hasattr(self, name) and not callable(getattr(self, name))]
+        if strays:
+            text = "%s has attributes that are named like options of the cache, which go into mlcache={...}: %s"
+            log.warning(text, self.name, ", ".join(strays), extra={"task": self.name, "names": strays})
 
     def apply_async(
         self, args: Any = None, kwargs: Any = None, *rest: Any, mlcache: modes.Mode | None = None, **options: Any

@@ -66,4 +66,4 @@ class Telling:
         """Log what has happened, the first time."""
         if what not in self._has_warned:
             self._has_warned.add(what)
-            log.warning(what, extra={"task": self.task.name, "why": str(why)})
+            log.warning("%s: %s: %s", what, self.task.name, why, extra={"task": self.task.name, "why": str(why)})

@@ -492,7 +492,9 @@ class TestSingleFlight:
         gate.wait_entered()
         with caplog.at_level(logging.WARNING, "celery_mlcache"):
             assert execute(two) == ("SUCCESS", 7)
-        assert any(each.message == "a call could not be sent again, and is computed" for each in caplog.records)
+        assert any(
+            each.message.startswith("a call could not be sent again, and is computed") for each in caplog.records
+        )
         gate.opened.set()
         first.result(LONG)
         assert one() == two() == 7
@@ -903,7 +905,7 @@ class TestStale:
         assert [(what["what"], type(what["error"])) for name, what in told if name == "cache_error"] == [
             ("refresh", ConnectionError)
         ] * 2
-        assert sum(each.message == "a refresh could not be sent" for each in caplog.records) == 1
+        assert sum(each.message.startswith("a refresh could not be sent") for each in caplog.records) == 1
         monkeypatch.setattr(two, "mlcache_publish", publish)
         assert two() == 1
         assert (len(fleet.sent), stat(two, "refreshes_sent")) == (1, 1)

@@ -220,7 +220,7 @@ class TestOutcomes:
         assert jittery.put("k", Loaded("v", 100.0, ("t",), is_jittered=False))
         assert 99 < jittery.ttl("k") <= 100
         assert not jittery.put("k", Loaded("v" * 200, 100.0, max_size=100))
-        assert (jittery.get("k"), jittery.stats()["unserializable"]) == ("v", 1)
+        assert (jittery.get("k"), jittery.stats()["too_large"]) == ("v", 1)
         fleet.b.invalidate_tags("t")
         assert fleet.join().get("k") is None
 

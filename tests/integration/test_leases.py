@@ -727,18 +727,19 @@ class TestMarks:
         wait_until(lambda: remote.mark("k", 60.0), what="the mark's end")
         remote.unmark("nobody's")
 
-    def test_it_has_an_owner(self, remote):
-        """Who left it can be asked for, may put another in its place, and only the owner takes it away by name."""
-        assert remote.marked("k") == ""
-        assert remote.mark("k", 60.0, owner="me")
-        assert not remote.mark("k", 60.0, owner="you")
-        assert remote.marked("k", within=TIMEOUT) == "me"
-        remote.unmark("k", owner="you")
-        assert remote.marked("k") == "me"
-        assert remote.mark("k", 60.0, owner="you", is_new=False)
-        assert remote.marked("k") == "you"
-        remote.unmark("k", owner="you")
-        assert remote.marked("k") == ""
+    def test_it_can_be_looked_for_prolonged_and_put_again(self, remote, client, names):
+        """Prolonging makes none; putting it again does, whatever is there."""
+        assert not remote.marked("k")
+        remote.prolong("k", 60.0)
+        assert not remote.marked("k", within=TIMEOUT)
+        assert remote.mark("k", 5.0)
+        assert remote.marked("k", within=TIMEOUT)
+        remote.prolong("k", 60.0)
+        assert 5_000 < client.pttl(names.mark("k")) <= 60_000
+        assert remote.mark("k", 5.0, is_new=False)
+        assert client.pttl(names.mark("k")) <= 5_000
+        remote.unmark("k")
+        assert not remote.marked("k")
 
     def test_it_is_nothing_else(self, remote):
         """Neither a value, nor a lease."""

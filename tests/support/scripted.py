@@ -111,7 +111,7 @@ class Server:
         self.values: dict[str, Stored] = {}
         self.leases: dict[str, Lease] = {}
         self.words: dict[tuple[str, int], tuple[list[str], int]] = {}  # (key, fence): what is to be popped, until (ms)
-        self.marks: dict[str, tuple[int, str]] = {}  # until (ms) and whose
+        self.marks: dict[str, int] = {}  # until (ms)
         self.blocked: dict[tuple[str, int], list[Waiter]] = {}
         self.feeds: list[deque[Any]] = []
         self.announced: list[bytes] = []
@@ -450,23 +450,18 @@ class Server:
         lease = self._lease(key)
         return lease.owner if lease is not None and lease.ends_ms > self.now_us() // 1000 else ""
 
-    def mark(self, key: str, ms: int, owner: str, *, is_new: bool) -> bool:
+    def mark(self, key: str, ms: int, *, is_new: bool) -> bool:
         if is_new and self.marked(key):
             return False
-        self.marks[key] = (self._after(ms), owner)
+        self.marks[key] = self._after(ms)
         return True
 
     def prolong(self, key: str, ms: int) -> None:
-        if owner := self.marked(key):
-            self.marks[key] = (self._after(ms), owner)
+        if self.marked(key):
+            self.marks[key] = self._after(ms)
 
-    def marked(self, key: str) -> str:
-        until, owner = self.marks.get(key, (0, ""))
-        return owner if until > self.now_us() // 1000 else ""
-
-    def unmark(self, key: str, owner: str) -> None:
-        if not owner or self.marked(key) == owner:
-            self.marks.pop(key, None)
+    def marked(self, key: str) -> bool:
+        return self.marks.get(key, 0) > self.now_us() // 1000
 
 
 def tags_of(tail: bytes) -> tuple[str, ...]:
@@ -619,17 +614,17 @@ class ScriptedRemote:
     def holder(self, key: str, *, within: float | None = None) -> str:
         return str(self._call("holder", lambda: self.server.holder(key)))
 
-    def mark(self, key: str, seconds: float, *, owner: str = "1", is_new: bool = True) -> bool:
-        return bool(self._call("mark", lambda: self.server.mark(key, milliseconds(seconds), owner, is_new=is_new)))
+    def mark(self, key: str, seconds: float, *, is_new: bool = True) -> bool:
+        return bool(self._call("mark", lambda: self.server.mark(key, milliseconds(seconds), is_new=is_new)))
 
     def prolong(self, key: str, seconds: float) -> None:
         self._call("prolong", lambda: self.server.prolong(key, milliseconds(seconds)))
 
-    def marked(self, key: str, *, within: float | None = None) -> str:
-        return str(self._call("marked", lambda: self.server.marked(key)))
+    def marked(self, key: str, *, within: float | None = None) -> bool:
+        return bool(self._call("marked", lambda: self.server.marked(key)))
 
-    def unmark(self, key: str, *, owner: str = "") -> None:
-        self._call("unmark", lambda: self.server.unmark(key, owner))
+    def unmark(self, key: str) -> None:
+        self._call("unmark", lambda: self.server.marks.pop(key, None))
 
     def ping(self) -> float:
         self._call("ping", lambda: None)
