@@ -453,6 +453,7 @@ class TestLeases:
         assert (fleet.a.stats()["waits"], fleet.a.stats()["leases"]) == (0, 1)
         assert not leases_of(fleet.b).is_mine(lost[0])
 
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # eventlet's, where a test has imported it
     def test_a_forked_child_loads_under_leases_of_its_own(self, fleet):
         """A child made in the middle of a load neither keeps the parent's lease nor lacks a thread for its own."""
         gate = Gate("parent")
@@ -471,6 +472,7 @@ class TestLeases:
         assert first.result(TIMEOUT).value == "parent"
         assert fleet.a.stats()["leases_lost"] == 0
 
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # eventlet's, where a test has imported it
     def test_a_child_that_was_forked_inside_of_a_load_gives_nothing_back(self, fleet):
         """Its copy of the lease is the parent's, and so may the lock be, which nobody in the child will release."""
         parent = fleet.join(single_flight_lease=LONG)  # for it is not renewed while the lock is held

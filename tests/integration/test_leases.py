@@ -592,6 +592,7 @@ class TestFaults:
         assert remote.release("k", fence, word="again")
         assert remote.await_release("k", fence, LONG) == "again"
 
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # eventlet's, where a test has imported it
     def test_a_child_does_not_wait_on_its_parents_connection(self, remote, client):
         """After a fork, who was waiting in the parent goes on, and the child is refused."""
         fence = remote.took()
