@@ -37,7 +37,7 @@ demo: $(VENV)/.ready ## two workers, one embedded server, one table; exits 0
 	@$(RUN) -m example_worker.demo $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.ready ## measure this machine and print what it shows (ARGS=experiments, staleness, fanout, tracking)
+bench: $(VENV)/.ready ## measure this machine and print what it shows (ARGS=experiments, staleness, fanout, tracking, wakeup, peers)
 	@$(RUN) -m tests.benchmarks $(ARGS)
 
 .PHONY: clean

@@ -6,14 +6,17 @@ return, so the holder's fill and release are in it; both read the same monotonic
 times PINGs, one after a pause and some without: the unit is what one round trip costs at that moment.
 A follower that computed itself has not been woken: it is counted, and its time is left out.
 
-(b) One worker answers the same call of three tasks in turns: a plain one, a cached one whose hit is served in the
-worker, and a cached one with ``producer=True``, whose hit needs no message. All are read with ``get()``.
+(b) One worker process answers the same call of three tasks in turns: a plain one, a cached one whose hit is served in
+the worker, and a cached one with ``producer=True``, whose hit needs no message. All are read with ``get()``: by one
+caller, so that the worker is idle when the call comes, and by CALLERS threads, which is how workers are used. Over
+Redis, and over RabbitMQ where one answers; results and cache are in Redis.
 
 Absolute times belong to this machine and minute; the ratios are what to compare.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
@@ -22,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import redis
@@ -30,6 +34,7 @@ from celery.signals import after_task_publish
 
 from celery_mlcache import cached_task, setup_cache
 from tests.benchmarks.crew import Member, load, percentile
+from tests.support.rabbit import rabbit_names, rabbitmq_url
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 from tests.support.worker import WorkerProcess
@@ -42,7 +47,8 @@ HOLDERS = "the holder's"
 CALL_ROUNDS = 30
 CALLS = 10  # of each task in a round
 WAIT = 10.0
-_URL = "WAKEUP_REDIS"  # in a worker's environment: where its broker is
+CALLERS = 8
+_CONF = "WAKEUP_CONF"  # in a worker's environment: settings as JSON
 
 
 # --- (a) followers --------------------------------------------------------------------------------------------------
@@ -167,33 +173,43 @@ def _line(title: str, waits: list[float], pings: list[float]) -> None:
 # --- (b) producers --------------------------------------------------------------------------------------------------
 
 
-def build(url: str) -> Celery:
+def build(conf: dict[str, Any]) -> Celery:
     """Return the app of worker and producer."""
-    celery = Celery("wakeup", broker=url, backend=url)
+    celery = Celery("wakeup")
+    celery.conf.update(conf)
     setup_cache(celery)
 
-    @celery.task(name="plain")
+    @celery.task(shared=False, name="plain")
     def plain(x: int) -> dict[str, Any]:
         return {"x": x, "by": "plain"}
 
-    @cached_task(app=celery, ttl=3600, name="in_worker")
+    @cached_task(app=celery, shared=False, ttl=3600, name="in_worker")
     def in_worker(x: int) -> dict[str, Any]:
         return {"x": x, "by": "in_worker"}
 
-    @cached_task(app=celery, ttl=3600, producer=True, name="at_producer")
+    @cached_task(app=celery, shared=False, ttl=3600, producer=True, name="at_producer")
     def at_producer(x: int) -> dict[str, Any]:
         return {"x": x, "by": "at_producer"}
 
     return celery
 
 
-app = build(os.environ[_URL]) if _URL in os.environ else None
+app = build(json.loads(os.environ[_CONF])) if _CONF in os.environ else None
 
 
 def producers(server: RedisServer) -> None:
-    """Print a hit at the producer, a hit in the worker and a plain call, interleaved."""
-    celery = build(server.url)
-    with WorkerProcess("tests.benchmarks.wakeup:app", concurrency=1, env={_URL: server.url}):
+    """Print a hit at the producer, a hit in the worker and a plain call, interleaved, over each broker there is."""
+    conf = {"result_backend": server.url, "mlcache_redis_url": server.url}
+    _producers("Redis", {**conf, "broker_url": server.url})
+    amqp = rabbitmq_url()
+    if amqp is not None:
+        with rabbit_names(amqp) as names:
+            _producers("RabbitMQ", {**conf, "broker_url": amqp, **names.conf})
+
+
+def _producers(broker: str, conf: dict[str, Any]) -> None:
+    celery = build(conf)
+    with WorkerProcess("tests.benchmarks.wakeup:app", concurrency=1, env={_CONF: json.dumps(conf)}):
         calls: dict[str, Callable[[], Any]] = {
             name: lambda task=celery.tasks[name]: task.delay(1).get(timeout=WAIT)
             for name in ("plain", "in_worker", "at_producer")
@@ -203,20 +219,29 @@ def producers(server: RedisServer) -> None:
             assert call()["by"] == name
         assert _messages(calls["at_producer"]) == 0, "a hit at the producer sent a message"
         assert _messages(calls["in_worker"]) == 1
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        rng = random.Random(11)
-        for _ in range(CALL_ROUNDS):
-            for name in rng.sample(list(calls), len(calls)):
-                began = time.perf_counter()
-                for _ in range(CALLS):
-                    calls[name]()
-                samples[name].append((time.perf_counter() - began) / CALLS)
+        with ThreadPoolExecutor(CALLERS) as pool:
+            _table(f"{broker}, one caller", calls, lambda call: [call() for _ in range(CALLS)])
+            _table(
+                f"{broker}, {CALLERS} callers at once",
+                calls,
+                lambda call: list(pool.map(lambda _: [call() for _ in range(CALLS)], range(CALLERS))),
+            )
         celery.mlcache.close()
-    print(f"\ndelay().get(), us a call; median of {CALL_ROUNDS} rounds of {CALLS}")
+
+
+def _table(title: str, calls: dict[str, Callable[[], Any]], run: Callable[[Callable[[], Any]], object]) -> None:
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    rng = random.Random(11)
+    for _ in range(CALL_ROUNDS):
+        for name in rng.sample(list(calls), len(calls)):
+            began = time.perf_counter()
+            run(calls[name])
+            samples[name].append((time.perf_counter() - began) / CALLS)
+    print(f"\n{title}: delay().get(), us a call of each caller; median of {CALL_ROUNDS} rounds of {CALLS}")
     titles = {"plain": "plain task", "in_worker": "hit in the worker", "at_producer": "hit at the producer"}
-    for name, title in titles.items():
+    for name, text in titles.items():
         ratio = statistics.median(a / b for a, b in zip(samples["plain"], samples[name], strict=True))
-        print(f"{title:<40}{statistics.median(samples[name]) * 1e6:>8.0f}{ratio:>8.1f}x faster than the plain task")
+        print(f"{text:<40}{statistics.median(samples[name]) * 1e6:>8.0f}{ratio:>8.1f}x faster than the plain task")
 
 
 def _messages(call: Callable[[], Any]) -> int:
