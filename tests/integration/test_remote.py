@@ -623,15 +623,17 @@ class TestAddresses:
         urls = [f"redis://{HOST}:{redis_server.port}/{db}" for db in (0, 3)]
         with manager_to(urls[0], l1_enabled=True) as a, manager_to(urls[1], l1_enabled=True) as b:
             for cache in (a, b):
-                cache.set("k", 1)
+                cache.warm()
                 wait_until(lambda cache=cache: cache.stats()["lease"] == "held")
+                cache.set("k", 1)
+                wait_until(lambda cache=cache: cache.stats()["messages"] == 2)  # the counter's beginning, and k
             names = [RedisNames("default", db).channel for db in (0, 3)]
             assert [redis_server.pubsub_count(name) for name in names] == [1, 1]
-            before = b.stats()["messages"]
             a.set_many({"k": 2})
             a.delete("k")
+            wait_until(lambda: a.stats()["messages"] == 4)
             assert b.get("k") == 1
-            assert b.stats()["messages"] == before
+            assert b.stats()["messages"] == 2
             assert b.stats()["gaps"].keys() <= {"subscription", "reseed", "lost"}
 
 
