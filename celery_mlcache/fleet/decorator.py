@@ -172,7 +172,8 @@ def cached_task(function: Any = None, /, *, app: Any = None, base: Any = None, *
     Args:
         function: The function, where the decorator has no brackets.
         app: The app it belongs to; without it, as with ``@shared_task``, every app.
-        base: A task class of yours to build on; without it that of each app (``Celery(task_cls=...)``).
+        base: A task class of yours to build on; without it that of each app (``Celery(task_cls=...)``). Options that
+            stand in its ``mlcache`` and are not given here are its own.
         **options: Those of :class:`Options`, or ``mlcache={...}`` in their place; everything else is an option of
             ``@app.task``, or an attribute of the task.
 
@@ -197,7 +198,8 @@ def cached_task(function: Any = None, /, *, app: Any = None, base: Any = None, *
         is_bound = bool(options.get("bind"))
         _check_function(wrapped, is_bound=is_bound)
         name = wrapped.__name__
-        _check_options(Options.of(own, name), CallShape(wrapped, skips_self=is_bound), name)
+        inherited = Options().inherited(base.__mro__ if base else (), name)
+        _check_options(inherited.changed(own, name), CallShape(wrapped, skips_self=is_bound), name)
         if not name.isidentifier():  # Celery compiles a "def" of that name when the task is made
             msg = f"@cached_task takes a function with a name, not {name}: {_FUNCTION}"
             raise TypeError(msg)

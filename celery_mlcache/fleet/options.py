@@ -1,7 +1,7 @@
 """How one task is cached: its options, checked when the task is made.
 
-Where the same option is given in several places, the later of these wins: ``app.conf.mlcache_tasks["*"]``, the
-decorator (or the class), ``app.conf.mlcache_tasks[name]``, Celery's own ``task_annotations``.
+Where the same option is given in several places, the later of these wins: ``app.conf.mlcache_tasks["*"]``, the task's
+base classes, the decorator (or the class), ``app.conf.mlcache_tasks[name]``, Celery's own ``task_annotations``.
 """
 
 from __future__ import annotations
@@ -146,6 +146,13 @@ class Options:
             object.__setattr__(changed, "stated", self.stated | set(given))
             return changed
         raise ConfigurationError(problems)
+
+    def inherited(self, classes: Sequence[type], task_name: str) -> Options:
+        """Return these options under those that *classes* state, nearest first; raises as :meth:`of`."""
+        options = self
+        for each in reversed(classes):
+            options = options.changed(each.__dict__.get("mlcache"), task_name)
+        return options
 
     def negative_life(self, error: BaseException) -> float | None:
         """Return for how many seconds *error* is cached, or None; the class nearest to its own decides."""

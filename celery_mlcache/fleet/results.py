@@ -267,9 +267,10 @@ def settle(task: CachedTask) -> Options:
     if not isinstance(conf, Mapping):
         raise ConfigurationError([f"{TASKS} must be a mapping of task names to options, not {conf!r:.80}"])
     options = Options().changed(conf.get("*"), f"{TASKS}['*']")
-    declared = kind._mlcache_declared  # noqa: SLF001 - our own class
+    options = options.inherited(kind.__mro__[1:], name)
+    declared, given = kind._mlcache_declared, kind.__dict__.get("mlcache")  # noqa: SLF001 - our own class
     options = options.changed(declared, name).changed(conf.get(name), f"{TASKS}[{name!r}]")
-    return options if kind.mlcache is declared else options.changed(kind.mlcache, name)
+    return options if given is declared else options.changed(given, name)
 
 
 def _call(given: Any, task_name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

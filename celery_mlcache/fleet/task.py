@@ -37,7 +37,8 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
     their side effects must not be cached.
 
     Attributes:
-        mlcache: Options, as a mapping; see :class:`~celery_mlcache.fleet.options.Options`.
+        mlcache: Options, as a mapping; see :class:`~celery_mlcache.fleet.options.Options`. Those that it does not name
+            are the base class's.
         cache: The cache of this task's results.
     """
 
@@ -53,7 +54,7 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
                 shown = ", ".join(f"{name!r}: ..." for name in strays)
                 msg = f"{cls.__name__}: options of the cache go into one: write mlcache={{{shown}}}, or @cached_task"
                 raise TypeError(msg)
-        cls._mlcache_declared = cls.mlcache  # Celery's annotations will replace the attribute
+        cls._mlcache_declared = cls.__dict__.get("mlcache")  # Celery's annotations will replace the attribute
         run: Any = inspect.getattr_static(cls, "run")
         if run is Task.__dict__["run"] or hasattr(run, _WRAPPED):
             return

@@ -210,6 +210,58 @@ class TestForms:
         task = cached_task(app=app, ttl=5)(lambda_free)
         assert (task.cache.options.ttl, task.cache.options.jitter) == (5, 0.5)
 
+    @pytest.mark.parametrize("kind", [CachedTask, Task])
+    def test_what_is_not_given_is_the_bases_to_say(self, app, kind):
+        """The options of base classes stand below those of what is built on them, however that is spelled."""
+
+        class Root(kind):
+            abstract = True
+            mlcache: ClassVar = {"ttl": 11, "jitter": 0.1, "tags": ["t"], "early": 2}
+
+        class Base(Root):
+            abstract = True
+            mlcache: ClassVar = {"jitter": 0.2, "early": 3}
+
+        app.conf.mlcache_tasks = {"*": {"ttl": 50, "max_size": 7}, "ours": {"early": 4}}
+        app.conf.task_annotations = {"noted": {"mlcache": {"tags": ["u"]}}}
+        expected = {"ttl": 11, "jitter": 0.5, "tags": ("t",), "early": 3, "max_size": 7}
+        ours = cached_task(app=app, base=Base, jitter=0.5, name="ours")(lambda_free)
+        assert ours.cache.options == Options(**{**expected, "early": 4})
+        noted = cached_task(app=app, base=Base, mlcache={"jitter": 0.5}, name="noted")(lambda_free)
+        assert noted.cache.options == Options(**{**expected, "tags": ("u",)})
+        bare = cached_task(app=app, base=Base, name="bare")(lambda_free)
+        assert bare.cache.options == Options(**{**expected, "jitter": 0.2})
+        if kind is CachedTask:
+            spelled = app.task(base=Base, mlcache={"jitter": 0.5}, name="spelled")(lambda_free)
+            assert spelled.cache.options == Options(**expected)
+
+            class Times(Base):
+                name = "times"
+                mlcache: ClassVar = {"jitter": 0.5}
+
+                def run(self):
+                    return 1
+
+            assert app.register_task(Times()).cache.options == Options(**expected)
+
+    def test_options_of_the_app_s_own_task_class(self, runs):
+        """``Celery(task_cls=...)`` is a base class too."""
+
+        class Base(Task):
+            mlcache: ClassVar = {"ttl": 11}
+
+        with Celery("classy", task_cls=Base, set_as_current=False) as app:
+            assert cached_task(app=app, jitter=0)(lambda_free).cache.options == Options(ttl=11, jitter=0)
+
+    def test_what_a_base_says_must_fit_the_function(self, app):
+        """It is refused where the function stands, and not in the worker."""
+
+        class Base(Task):
+            mlcache: ClassVar = {"tags": ["{nobody}"]}
+
+        with pytest.raises(ConfigurationError, match="nobody"):
+            cached_task(app=app, base=Base)(lambda_free)
+
     def test_a_hook_of_the_users_base_runs(self, app):
         """Ours takes the place of no ``on_bound`` that a base class has."""
         seen = []
