@@ -21,7 +21,7 @@ from celery.app import base as app_base
 from celery_mlcache.config import CacheConfig, ConfigurationWarning, load_config, sources_from_celery
 from celery_mlcache.errors import ConfigurationError
 from celery_mlcache.factory import assemble
-from celery_mlcache.fleet import causal, lifecycle, lineage
+from celery_mlcache.fleet import causal, lifecycle, lineage, modes
 from celery_mlcache.fleet.errands import Errands
 from celery_mlcache.manager import CacheManager
 from celery_mlcache.parts import Parts
@@ -182,6 +182,7 @@ def _enrol(app: Any, config: CacheConfig | None, overrides: Mapping[str, Any], *
         lifecycle.connect(find_fleet, all_fleets)
         causal.connect()
         lineage.connect()
+        modes.connect()
         causal.carry_results(app)
     elif (config is not None or overrides) and (config, dict(overrides)) != (fleet.given, fleet.overrides):
         if fleet.cache.is_running:

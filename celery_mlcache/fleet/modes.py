@@ -2,14 +2,19 @@
 
 A mode is a header of the message, for unknown options of a call are lost on the way. It survives retries and stands in
 signatures, so canvas carries it. Where headers do not get (the later links of a chain), a stamp of the same name does.
+A call by name (``send_task``, a signature of a task that is not registered here) passes by the task's own
+``apply_async``: there the option is turned into the header when the message is published.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, Literal, get_args
+
+from celery import signals
 
 Mode = Literal["use", "refresh", "bypass", "only", "stale-ok"]
 
@@ -20,6 +25,26 @@ CALL: Final = "mlcache_call"  # of a call that others may share
 LEVEL: Final = "mlcache"  # of a request: where its result was found, so far as it is known
 BEGUN: Final = "_mlcache_begun"  # of a request: its own look-up has begun, so that a copy of it is a nested call's
 HELD: Final = "mlcache_held"  # fences of the leases that the sender acts under
+MAX_TOLD: Final = 100  # unknown modes that are told of
+
+log = logging.getLogger("celery_mlcache")
+_told: set[str] = set()
+
+
+def connect() -> None:
+    """Connect the handler; calling it again changes nothing."""
+    signals.before_task_publish.connect(on_publish, weak=False, dispatch_uid="mlcache.modes")
+
+
+def on_publish(headers: Any = None, properties: Any = None, **_: Any) -> None:
+    """Turn the option of a call by name, which would be a property that nobody reads, into the header."""
+    if not (isinstance(headers, dict) and isinstance(properties, dict)) or LEVEL not in properties:
+        return
+    if LEVEL in (headers.get("stamped_headers") or ()):
+        return  # the stamp of this name, which may be somebody else's
+    mode = properties.pop(LEVEL)
+    if mode is not None and _known(mode) is not None:
+        headers.setdefault(HEADER, mode)
 
 
 def check_mode(mode: object) -> str:
@@ -41,7 +66,18 @@ def mode_of(task: Any, request: Any) -> str:
             given = given[0] if isinstance(given, list | tuple) and given else given
     if given is None:
         given = ambient_mode(task)
-    return given if given in MODES else "use"  # of a later release, perhaps: nothing that this one could do
+    return "use" if given is None else _known(given) or "use"  # perhaps of a later release: nothing that we could do
+
+
+def _known(mode: object) -> str | None:
+    """Return *mode* if it is one; else say so, the first time: here it is too late to raise."""
+    if isinstance(mode, str) and mode in MODES:
+        return mode
+    shown = f"{mode!r:.80}"
+    if shown not in _told and len(_told) < MAX_TOLD:
+        _told.add(shown)
+        log.warning("an unknown mode was taken for 'use': mlcache must be one of %s, not %s", ", ".join(MODES), shown)
+    return None
 
 
 def is_nested(request: Any) -> bool:

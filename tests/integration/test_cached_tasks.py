@@ -24,7 +24,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from celery_mlcache import cached_task, setup_cache
 from celery_mlcache.entry import MISS
 from celery_mlcache.errors import CallInProgressError, NotCachedError, RemoteStoreError
-from celery_mlcache.fleet import refreshing, signals
+from celery_mlcache.fleet import modes, refreshing, signals
 from celery_mlcache.fleet.app import find_fleet
 from celery_mlcache.fleet.record import unpack
 from celery_mlcache.keys import RedisNames
@@ -107,7 +107,8 @@ class Fleet:
 
     def _on_publish(self, sender, body, headers, properties, routing_key, **_):
         args, kwargs, _ = body
-        self._sent.append(Sent(sender, args, kwargs, dict(headers), routing_key, properties.get("priority")))
+        # Its headers themselves, for handlers that were connected later may still add to them.
+        self._sent.append(Sent(sender, args, kwargs, headers, routing_key, properties.get("priority")))
 
     def app(self, **settings):
         """Return another process's app."""
@@ -1101,6 +1102,52 @@ class TestModes:
         (message,) = fleet.sent
         assert (message.headers["mlcache_mode"], message.headers["mine"]) == ("refresh", 1)
         assert deliver(message, one) == ("SUCCESS", 2)
+
+    @pytest.mark.parametrize("mode", ["refresh", "use", "bogus", 5, None])
+    @pytest.mark.parametrize("way", ["send_task", "signature", "set"])
+    def test_a_call_by_name(self, fleet, caplog, monkeypatch, mode, way):
+        """Where the task is not registered the option is a header all the same, and a wrong one is told of, once."""
+        monkeypatch.setattr(modes, "_told", set())
+        one, name = fleet.task(numbered()), fleet.task_name
+        assert one() == 1
+        app = fleet.app()
+        assert name not in app.tasks
+        for _ in range(2):
+            if way == "send_task":
+                app.send_task(name, mlcache=mode)
+            elif way == "signature":
+                app.signature(name, mlcache=mode).apply_async()
+            else:
+                app.signature(name).set(mlcache=mode).apply_async()
+        (message, _) = fleet.sent
+        is_known = mode in modes.MODES
+        assert message.headers.get("mlcache_mode") == (mode if is_known else None)
+        assert "mlcache" not in message.headers
+        assert deliver(message, one) == ("SUCCESS", 2 if mode == "refresh" else 1)
+        warned = [record.getMessage() for record in caplog.records if "unknown mode" in record.getMessage()]
+        assert len(warned) == (not is_known and mode is not None)
+        assert all(f"one of use, refresh, bypass, only, stale-ok, not {mode!r}" in text for text in warned)
+
+    def test_a_call_by_name_with_headers(self, fleet):
+        """Headers stay as they are; of two ways to say it, the header was meant for the message."""
+        app = fleet.app()
+        app.send_task("t", headers={"mlcache_mode": "only", "mine": 1}, mlcache="refresh")
+        app.send_task("t", stamped_headers=["mlcache"], mlcache="a stamp of somebody else's")
+        meant, foreign = fleet.sent
+        assert (meant.headers["mlcache_mode"], meant.headers["mine"]) == ("only", 1)
+        assert "mlcache_mode" not in foreign.headers
+        assert foreign.headers["stamps"] == {"mlcache": "a stamp of somebody else's"}
+
+    def test_an_unknown_mode_in_a_message(self, fleet, caplog, monkeypatch):
+        """The worker takes it for "use", and says so once."""
+        monkeypatch.setattr(modes, "_told", set())
+        one = fleet.task(numbered())
+        assert [execute(one, headers={"mlcache_mode": "olny"}) for _ in range(3)] == [("SUCCESS", 1)] * 3
+        (warned,) = [record.getMessage() for record in caplog.records if "mode" in record.getMessage()]
+        assert warned == (
+            "an unknown mode was taken for 'use': mlcache must be one of use, refresh, bypass, only, stale-ok, "
+            "not 'olny'"
+        )
 
     def test_a_header_of_the_users_that_is_named_like_ours(self, fleet, redis):
         """With a header "mlcache" that means something else a message is a message: it has its mode, and can retry."""
