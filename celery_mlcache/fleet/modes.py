@@ -24,6 +24,7 @@ SINCE: Final = "mlcache_since"  # of a task that refreshes: when what it should 
 CALL: Final = "mlcache_call"  # of a call that others may share
 LEVEL: Final = "mlcache"  # of a request: where its result was found, so far as it is known
 BEGUN: Final = "_mlcache_begun"  # of a request: its own look-up has begun, so that a copy of it is a nested call's
+FOUND: Final = "_mlcache_found"  # of a request: the id() of the exception out of the cache that it ends with
 HELD: Final = "mlcache_held"  # fences of the leases that the sender acts under
 MAX_TOLD: Final = 100  # unknown modes that are told of
 

@@ -66,6 +66,7 @@ class Call:
     key: str
     tags: tuple[str, ...]  # as far as the arguments tell
     since: Any = None  # of a message that refreshes: when what it should replace was made
+    shared_id: str | None = None  # of a message that others may have been told to wait for: see producer.py
     record: Record | None = None  # what its own function has made
     error: Exception | None = None  # what it has raised, if that is cached
     result: Any = None
@@ -127,14 +128,14 @@ class Serving:
                 raise NotCachedError(self.task.name, "", f"the call has no key: {exc}") from exc
             return self._run_uncached(run, args, kwargs, "uncacheable")
         call.since = since
+        if is_message and self.options.coalesce and isinstance(modes.header_of(request, modes.CALL), str):
+            call.shared_id = request.id
         request.__dict__[modes.LEVEL] = mode if mode == "refresh" else "miss"  # what the body sees, if it runs
         return self._answer_told(call, request, mode, is_message=is_message)
 
     def _answer_told(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         """Answer a call that has a key, and see to it that whatever comes of it is told."""
         try:
-            if is_message and self.options.coalesce:
-                return self._answer_shared(call, request, mode)
             return self._answer(call, request, mode, is_message=is_message)
         except CacheClosedError:
             if call.has_begun:
@@ -153,13 +154,6 @@ class Serving:
         if mode == "refresh":
             return self._answer_refresh(call, request)
         return self._answer_use(call, request, mode, is_message=is_message)
-
-    def _answer_shared(self, call: Call, request: Any, mode: str) -> Any:
-        """Answer a message that others may have been told to wait for: see producer.py."""
-        if isinstance(modes.header_of(request, modes.CALL), str):
-            with suppress(CacheClosedError, RemoteStoreError):
-                self.manager.mark(started_name(request.id), COALESCE, is_new=False)
-        return self._answer(call, request, mode, is_message=True)
 
     def _answer_use(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         try:
@@ -202,6 +196,7 @@ class Serving:
                 self.refreshing.soon(call.key, call.args, call.kwargs, record)
         if error is not None:
             self.told.count("negative_hits")
+            request.__dict__[modes.FOUND] = id(error)  # itself would keep its traceback, and so the request, alive
             raise error
         return record.value
 
@@ -285,14 +280,20 @@ class Serving:
     def _load(self, call: Call) -> Loaded:
         """Run the function; what it raises passes, or is what is stored."""
         options = self.options
+        if (
+            call.shared_id is not None
+        ):  # not before the lease is held: whoever sees the mark and no lease sees a dead one
+            with suppress(CacheClosedError, RemoteStoreError):
+                self.manager.mark(started_name(call.shared_id), COALESCE, is_new=False)
         call.has_begun, began = True, time.monotonic()
         try:
             call.result = modes.run_apart(self.task, call.run)
         except Exception as exc:
             life = options.negative_life(exc)
             packed = None if life is None else pack_error(exc)
-            # A good result that is still there is worth more than the news that it cannot be had now.
-            is_spared = call.since is not None and options.forgives(exc)
+            # A good result that is still there is worth more than the news that it cannot be had now; and what is to
+            # be tried again is no outcome yet.
+            is_spared = (call.since is not None and options.forgives(exc)) or self._is_to_be_retried(exc)
             if life is None or packed is None or is_spared:
                 call.failure, call.took = exc, time.monotonic() - began
                 raise
@@ -311,6 +312,16 @@ class Serving:
             return Loaded(call.result, is_kept=False)
         call.record, loaded = kept
         return loaded
+
+    def _is_to_be_retried(self, error: Exception) -> bool:
+        """Return whether ``autoretry_for`` has a message tried again after *error*, as many attempts as there were."""
+        task: Any = self.task
+        kinds, spared = (tuple(getattr(task, name, ())) for name in ("autoretry_for", "dont_autoretry_for"))
+        if not isinstance(error, kinds) or isinstance(error, spared):
+            return False
+        most = (getattr(task, "retry_kwargs", None) or {}).get("max_retries")
+        most = task.max_retries if most is None else most
+        return most is None or (task.request.retries or 0) < most
 
     def keep(
         self, result: Any, took: float, bound: Mapping[str, Any], tags: tuple[str, ...]
@@ -388,8 +399,9 @@ class Serving:
 
     def _retry(self, request: Any, why: CallInProgressError) -> None:
         """Send the message again, for later, and end this execution. The user's own retries are not touched."""
-        # A server whose clock was set back counts leases by the hour.
-        remaining = min(why.remaining, self._config.single_flight_lease)
+        lease = self._config.single_flight_lease
+        # Of a call in this very process it is not known; a server whose clock was set back counts leases by the hour.
+        remaining = min(why.remaining or lease, lease)
         countdown = max(remaining, RETRY_AT_LEAST) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
         again = self.task.signature_from_request(request, countdown=countdown, retries=request.retries)
         try:

@@ -136,6 +136,12 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         self._mlcache_choose(mlcache, options)
         return super().apply(args, kwargs, *rest, **options)
 
+    def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, *rest: Any, **options: Any) -> Any:
+        """Retry as Celery does; but an exception out of the cache is raised: it is what all retries have come to."""
+        if exc is not None and self.request.__dict__.get(modes.FOUND) == id(exc):
+            raise exc
+        return super().retry(args, kwargs, exc, *rest, **options)
+
     def _mlcache_choose(self, mode: object, options: dict[str, Any]) -> None:
         """Turn a mode into a header: an unknown option would be lost on the way."""
         if mode is not None and modes.LEVEL in (options.get("stamped_headers") or ()):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from celery import Celery, _state
@@ -358,6 +359,100 @@ class TestNegative:
         assert execute(one) == ("SUCCESS", 1)
 
 
+class TestNegativeAndRetries:
+    OPTIONS: ClassVar = {
+        "negative": {NotFoundError: 30},
+        "autoretry_for": (NotFoundError,),
+        "retry_backoff": False,
+        "default_retry_delay": 0,
+    }
+
+    def missing(self, fleet, **options):
+        """Return a task that always fails, and its executions."""
+        runs = []
+
+        def body(_):
+            runs.append(None)
+            raise NotFoundError("a")
+
+        return fleet.task(body, **{**self.OPTIONS, **options}), runs
+
+    def test_only_what_the_last_attempt_has_come_to_is_cached(self, fleet):
+        """While a call is tried again its exception is no outcome; then it is, and no call tries again."""
+        one, runs = self.missing(fleet, max_retries=2)
+        two = fleet.task(forbidden, **self.OPTIONS)
+        for attempt in range(2):
+            assert execute(one, retries=attempt)[0] == "RETRY"
+            assert one.cache.get() is MISS
+        assert execute(one, retries=2)[0] == "FAILURE"
+        assert len(runs) == 3
+        sent = len(fleet.sent)
+        for task in (one, two):
+            state, error = execute(task)
+            assert (state, type(error)) == ("FAILURE", NotFoundError)
+        assert len(runs) == 3
+        assert len(fleet.sent) == sent
+
+    @pytest.mark.parametrize(
+        ("options", "retries"),
+        [
+            ({"max_retries": 0}, 0),
+            ({"max_retries": 9, "retry_kwargs": {"max_retries": 1}}, 1),
+            ({"max_retries": 1, "retry_kwargs": {"max_retries": None}}, 1),
+            ({"dont_autoretry_for": (NotFoundError,)}, 0),
+            ({"autoretry_for": (OSError,)}, 0),
+        ],
+    )
+    def test_which_attempt_is_the_last(self, fleet, options, retries):
+        """It is for Celery to say, in all the ways that it has."""
+        one, _ = self.missing(fleet, **options)
+        for attempt in range(retries):
+            assert execute(one, retries=attempt)[0] == "RETRY"
+            assert one.cache.get() is MISS
+        assert execute(one, retries=retries)[0] == "FAILURE"
+        with pytest.raises(NotFoundError):
+            one.cache.get()
+
+    def test_without_a_limit(self, fleet):
+        """What is tried for ever has no outcome."""
+        one, _ = self.missing(fleet, max_retries=None)
+        assert execute(one, retries=1000)[0] == "RETRY"
+        assert one.cache.get() is MISS
+
+    def test_a_direct_call_tries_once_and_says_nothing_of_the_others(self, fleet):
+        """Its exception is not cached where a message would be tried again; one that is cached is raised."""
+        one, runs = self.missing(fleet, max_retries=1)
+        for _ in range(2):
+            with pytest.raises(NotFoundError):
+                one()
+        assert len(runs) == 2
+        assert execute(one, retries=1)[0] == "FAILURE"
+        with pytest.raises(NotFoundError):
+            one()
+        assert len(runs) == 3
+
+    def test_eager(self, fleet):
+        """Eager calls are tried again as messages are."""
+        one, runs = self.missing(fleet, max_retries=2)
+        assert [one.apply().state for _ in range(2)] == ["FAILURE", "FAILURE"]
+        assert len(runs) == 3
+
+    def test_a_retry_of_the_users_own(self, fleet):
+        """``self.retry(exc=...)`` in a body is the user's: what it raises in the end is cached, and not before."""
+        app = fleet.app()
+
+        @cached_task(app=app, bind=True, name=fleet.task_name, negative={NotFoundError: 30}, max_retries=1)
+        def task(self):
+            raise self.retry(exc=NotFoundError("a"), countdown=0)
+
+        assert execute(task)[0] == "RETRY"
+        assert task.cache.get() is MISS
+        assert execute(task, retries=1)[0] == "FAILURE"
+        with pytest.raises(NotFoundError):
+            task.cache.get()
+        assert execute(task)[0] == "FAILURE"
+
+
 class TestSingleFlight:
     def test_the_other_process_waits(self, fleet):
         """While one computes, callers of the other wait and get its result, woken as soon as it is there."""
@@ -446,6 +541,19 @@ class TestSingleFlight:
         gate.opened.set()
         first.result(LONG)
         assert deliver(message, two) == ("SUCCESS", "gated")
+
+    def test_retry_in_a_process_that_computes_it(self, fleet):
+        """Where another thread of the very process computes, it comes again as late as where another process does."""
+        gate = Gate()
+        one = fleet.task(gate, on_contention="retry", settings={"single_flight_lease": 8.0})
+        first = fleet.start(one)
+        gate.wait_entered()
+        state, why = execute(one)
+        assert state == "RETRY"
+        assert why.exc.owner == "this process"
+        assert 4.0 <= why.when <= 8.0
+        gate.opened.set()
+        first.result(LONG)
 
     def test_retry_comes_again_within_one_lease(self, fleet, redis):
         """Where a lease seems to last for an hour, for the clock was set back, the message does not wait that long."""

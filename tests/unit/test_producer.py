@@ -22,6 +22,7 @@ from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.producer import PAUSE, QUEUED
 from celery_mlcache.fleet.serving import started_name
 from celery_mlcache.keys import MAX_KEY_BYTES
+from celery_mlcache.leases import Leases
 
 BUDGET = 0.05  # seconds
 FAST = 1.0  # seconds, on a slow machine
@@ -636,6 +637,36 @@ def test_a_worker_that_has_died_is_not_waited_for(shared, joint, sent):
     second = joint.delay(1)
     assert second.id != first.id
     assert sent == [first.id, second.id]
+
+
+def test_a_worker_on_its_way_to_the_lease_is_not_taken_for_a_dead_one(joint, sent, monkeypatch):
+    """A call is shared from its message to its result, also while its worker has begun and holds no lease yet."""
+    first, met, ask = joint.delay(1), [], Leases.ask
+
+    def ask_late(*args, **kwargs):
+        met.append(joint.delay(1).id)
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(Leases, "ask", ask_late)
+    assert execute(joint, first, 1, **{modes.CALL: call_name(joint)}).retval == 2
+    assert met == [first.id]
+
+
+def test_a_worker_marks_what_it_has_begun_with(shared, sent):
+    """Under the lease, and only where it computes."""
+    marked = []
+
+    @cached_task(app=shared, shared=False, coalesce=True)
+    def look(x):
+        manager = look.cache.manager
+        marked.append(manager.marked_within(started_name(look.request.id), 5.0))
+        marked.append(bool(manager.holder(look.cache.key(x), within=5.0)))
+
+    first, second = look.delay(1), look.delay(2)
+    execute(look, first, 1, **{modes.CALL: call_name(look)})
+    execute(look, first, 1, **{modes.CALL: call_name(look)})
+    execute(look, second, 2)  # nobody may wait for it
+    assert marked == [(True, True), True, (False, True), True]
 
 
 def test_a_shared_call_is_a_child_of_the_task_that_has_made_it(shared, joint, sent):
