@@ -259,6 +259,7 @@ def _loaded(loaded: Loaded, found: Found, *, is_kept: bool) -> Answer:
         is_degraded=found.is_unanswered,
         is_kept=is_kept,
         is_stored=found.is_stored,
+        refused=found.refused,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from celery_mlcache.entry import MISS
+from celery_mlcache.errors import SerializationError
 
 Contention = Literal["wait", "stale", "retry", "compute", "raise"]
 Level = Literal["l1", "l2", "shared", "miss", "stale"]
@@ -26,6 +27,7 @@ class Loaded(NamedTuple):
         is_jittered: Whether the cache's jitter shortens its life.
         max_size: Bytes that it may take in Redis; None for any.
         is_optional: Where it cannot be stored, that is no error even if ``strict``.
+        is_told: Whoever loads tells of it where it cannot be stored.
     """
 
     value: Any
@@ -36,6 +38,7 @@ class Loaded(NamedTuple):
     is_jittered: bool = True
     max_size: int | None = None
     is_optional: bool = False
+    is_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Answer(NamedTuple):
         is_degraded: L2 did not answer.
         is_kept: What was loaded could be stored, and was not told not to be.
         is_stored: It was; else something has happened to the key meanwhile, or L2 did not take it.
+        refused: Why it could not be stored, if it was to be.
     """
 
     value: Any
@@ -83,6 +87,7 @@ class Answer(NamedTuple):
     is_degraded: bool = False
     is_kept: bool = True
     is_stored: bool = False
+    refused: SerializationError | None = None
 
 
 class Glance(NamedTuple):

@@ -41,6 +41,7 @@ class Found:
     is_absent: bool = False  # no live value, readable or not
     is_unanswered: bool = False
     is_stored: bool = False  # what was loaded for it
+    refused: SerializationError | None = None  # why it cannot be
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,10 @@ class Transfer:
         return found
 
     def draft(self, parts: Parts, found: Found, loaded: Loaded) -> Draft | None:
-        """Return what was loaded, ready to be stored, or None where it is not to be, or the codec refuses it."""
+        """Return what was loaded, ready to be stored, or None where it is not to be, or the codec refuses it.
+
+        The latter is noted in *found*, and logged once unless whoever loads tells of it.
+        """
         if not loaded.is_kept:
             return None
         key, value, tags = found.ticket.key, loaded.value, loaded.tags
@@ -190,15 +194,17 @@ class Transfer:
             tail = parts.codec.encode(key, value, tags=tags)
             check_size(tail, loaded)
             shelved = Shelved(*parts.codec.shelve(key, value, tail), tags)
-        except TooLargeError:
+        except TooLargeError as exc:
             parts.stats.too_large += 1
+            found.refused = exc
             return None
         except SerializationError as exc:
             parts.stats.unserializable += 1
+            found.refused = exc
             if parts.policy.strict and not loaded.is_optional:
                 raise
-            if parts.stats.unserializable == 1:
-                log.warning("a loaded value cannot be cached: %s", exc, extra={"key": key})
+            if parts.stats.unserializable == 1 and not loaded.is_told:
+                log.warning("a loaded value cannot be cached: %.200s: %s", key, exc, extra={"key": key})
             return None
         return Draft(found, tail, shelved, self.life_of(parts, loaded), loaded.stale_life)
 

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from types import GetSetDescriptorType, MemberDescriptorType
 from typing import Any, Final
 
+from celery_mlcache.errors import SerializationError
+
 _MARK: Final = "mlcache/1"  # of this layout; another one's records are not read
 _FIELDS: Final = 7
+_VALUE: Final = "value[2]"  # where the codec meets the outcome
+_OF_ERRORS: Final = {"[2]": ".args", "[3]": ".__dict__"}  # ... and the parts of an exception
 _SLOTS: Final = (MemberDescriptorType, GetSetDescriptorType)
 _FAR: Final = 1e15  # seconds; what is not nearer is no time
 
@@ -36,6 +40,18 @@ class Record:
     life: float
     maker: str
     is_error: bool = False
+
+    def of_outcome(self, refused: SerializationError) -> SerializationError:
+        """Return why this record cannot be stored, in words of the outcome: users know of no record."""
+        path, kind = "exception" if self.is_error else "result", refused.type_name
+        if refused.path.startswith(_VALUE):
+            inner = refused.path.removeprefix(_VALUE)
+            for place, name in _OF_ERRORS.items() if self.is_error else ():
+                inner = name + inner.removeprefix(place) if inner.startswith(place) else inner
+            path += inner
+        else:
+            kind = self.value[1] if self.is_error else type(self.value).__name__
+        return SerializationError(path, kind, refused.why)
 
     def pack(self) -> tuple[Any, ...]:
         """Return what is stored."""

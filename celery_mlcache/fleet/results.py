@@ -107,9 +107,12 @@ class TaskCache:
         kept = self.serving.keep(result, 0.0, bound, self.serving.tags_of(bound))
         if kept is None:
             return False
-        loaded = kept[1]
+        record, loaded = kept
         key = self.serving.keys.name(bound)
-        return self.manager.put(key, loaded)
+        try:
+            return self.manager.put(key, loaded)
+        except SerializationError as exc:
+            raise record.of_outcome(exc) from None
 
     def invalidate(self, *args: Any, **kwargs: Any) -> bool:
         """Remove one call's result from every process; return whether there was one. Raises as :meth:`key`."""

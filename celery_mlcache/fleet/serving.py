@@ -143,6 +143,10 @@ class Serving:
             if mode == "only":
                 raise NotCachedError(self.task.name, call.key, "the cache is closed") from None
             return call.run()
+        except SerializationError as exc:
+            if call.record is None:
+                raise  # it is the body's own
+            raise call.record.of_outcome(exc) from None  # ``strict``
         except Exception as exc:
             if exc is call.failure and not isinstance(exc, INTERRUPTS) and not is_interrupt(exc):
                 self.told.send(signals.cache_miss, call.key, seconds=call.took, is_cached=False)
@@ -208,8 +212,8 @@ class Serving:
     def _finish_loaded(self, call: Call, answer: Answer, request: Any) -> Any:
         if answer.is_degraded:
             self.told.send(signals.cache_error, call.key, what="l2", error=None)
-        elif call.record is not None and not answer.is_kept and self._is_on:
-            self.told.send(signals.cache_error, call.key, what="value", error=None)
+        elif call.record is not None and answer.refused is not None:
+            self.told.note_unstorable(call.key, call.record.of_outcome(answer.refused))
         self.told.send(signals.cache_miss, call.key, seconds=call.took, is_cached=answer.is_stored)
         request.__dict__[modes.LEVEL] = "refresh" if request.__dict__.get(modes.LEVEL) == "refresh" else "miss"
         if call.error is not None:
@@ -291,6 +295,11 @@ class Serving:
         except Exception as exc:
             life = options.negative_life(exc)
             packed = None if life is None else pack_error(exc)
+            if life is not None and packed is None:
+                why = SerializationError(
+                    "exception", type(exc).__name__, "would come back different, and is not cached"
+                )
+                self.told.note_unstorable(call.key, why)
             # A good result that is still there is worth more than the news that it cannot be had now; and what is to
             # be tried again is no outcome yet.
             is_spared = (call.since is not None and options.forgives(exc)) or self._is_to_be_retried(exc)
@@ -299,7 +308,9 @@ class Serving:
                 raise
             call.error, call.took = exc, time.monotonic() - began
             call.record = self._record(packed, call.took, life, is_error=True)
-            return Loaded(call.record.pack(), call.record.life, call.tags, is_jittered=False, is_optional=True)
+            return Loaded(
+                call.record.pack(), call.record.life, call.tags, is_jittered=False, is_optional=True, is_told=True
+            )
         call.took = time.monotonic() - began
         try:
             kept = self.keep(call.result, call.took, call.bound, call.tags)
@@ -337,7 +348,13 @@ class Serving:
             tags = check_tags((*tags, *check_tags(options.tags(dict(bound), result))))
         record = self._record(result, took, life)
         loaded = Loaded(
-            record.pack(), record.life, tags, options.stale_ttl, is_jittered=False, max_size=options.max_size
+            record.pack(),
+            record.life,
+            tags,
+            options.stale_ttl,
+            is_jittered=False,
+            max_size=options.max_size,
+            is_told=True,
         )
         return record, loaded
 
@@ -351,11 +368,6 @@ class Serving:
     @property
     def _config(self) -> Any:
         return fleet_of(self.task.app).config
-
-    @property
-    def _is_on(self) -> bool:
-        config = self._config
-        return bool(config.cache_enabled and (config.l1_enabled or config.l2_enabled))
 
     def _life(self, result: Any) -> float:
         """Return the seconds that a result is to live; 0 or less: not at all."""

@@ -23,5 +23,6 @@ cache_miss: Final = Signal(name="cache_miss", providing_args=["key", "seconds", 
 cache_stale: Final = Signal(name="cache_stale", providing_args=["key", "age", "error"])
 
 #: Something went wrong about the cache, and the call went on without. ``key``, or None where there is none; ``what``:
-#: "key", "value", "l2", "hook", "refresh", or "producer"; ``error``: an exception, or None.
+#: "key", "value" (the outcome cannot be stored), "l2", "hook", "refresh", or "producer"; ``error``: an exception, or
+#: None.
 cache_error: Final = Signal(name="cache_error", providing_args=["key", "what", "error"])

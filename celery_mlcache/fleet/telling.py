@@ -51,6 +51,11 @@ class Telling:
         self.warn_once("a call cannot be cached", why)
         self.send(signals.cache_error, None, what="key", error=why)
 
+    def note_unstorable(self, key: str, why: Exception) -> None:
+        """Tell that what a call has come to cannot be stored, so that it will be computed every time."""
+        self.warn_once("an outcome cannot be cached", why)
+        self.send(signals.cache_error, key, what="value", error=why)
+
     def note_error(self, key: str, what: str, why: Exception) -> None:
         """Tell that something about the cache went wrong, and the call goes on without."""
         self.warn_once(f"cache trouble: {what}", why)

@@ -6,9 +6,11 @@ import enum
 import itertools
 import logging
 import math
+import re
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -148,6 +150,15 @@ def boom(*_, **__):
     raise ZeroDivisionError("hook")
 
 
+def boom_with(error):
+    """Return a body that raises *error*."""
+
+    def boom(*_):
+        raise error
+
+    return boom
+
+
 class TestHooks:
     @pytest.mark.parametrize(
         "options",
@@ -223,8 +234,10 @@ class TestWhatIsCached:
         """A larger result is returned, not cached, and told."""
         task = counting(app, lambda n: "x" * 1000, max_size=500)
         assert [task(), task()] == ["x" * 1000] * 2
-        assert [what["what"] for name, _, what in told if name == "cache_error"] == ["value"] * 2
-        assert app.mlcache.stats()["loads"] == 2
+        errors = [(what["what"], str(what["error"])) for name, _, what in told if name == "cache_error"]
+        assert len(errors) == app.mlcache.stats()["loads"] == 2
+        assert errors[0] == errors[1]
+        assert re.fullmatch(r"result: str takes 1\d\d\d bytes, max_size is 500", errors[0][1])
 
     def test_max_size_if_strict(self, app):
         """What is too large is no error of the task's, not even with ``strict``; what the codec refuses is one then."""
@@ -310,9 +323,55 @@ class TestWhatIsCached:
 
     def test_what_the_codec_refuses(self, app, told):
         """It is returned each time, and told as trouble with a value."""
-        task = counting(app, lambda n: object())
-        assert task() is not task()
-        assert [what["what"] for name, _, what in told if name == "cache_error"] == ["value"] * 2
+        task = counting(app, lambda n: {"rows": [n, object()]})
+        assert task() != task()
+        errors = [(what["what"], str(what["error"])) for name, _, what in told if name == "cache_error"]
+        assert errors == [("value", "result['rows'][1]: object cannot be stored without altering it")] * 2
+
+    @pytest.mark.parametrize(
+        ("answer", "options", "why"),
+        [
+            (lambda n: {"rows": [object()]}, {}, "result['rows'][0]: object cannot be stored without altering it"),
+            (lambda n: object(), {}, "result: object cannot be stored without altering it"),
+            (lambda n: "x" * 1000, {"max_size": 500}, r"result: str takes \d+ bytes, max_size is 500"),
+            (lambda n: "x" * 2000, {}, r"result: str takes \d+ bytes"),
+            (
+                boom_with(UnicodeDecodeError("utf-8", b"x", 0, 1, "y")),
+                {},
+                "exception: UnicodeDecodeError would come back",
+            ),
+            (boom_with(OSError(object())), {}, "exception.args[0]: object cannot be stored"),
+            (boom_with(NotFoundError(object())), {}, "exception.__dict__['sku']: object cannot be stored"),
+        ],
+    )
+    def test_what_cannot_be_stored_is_logged_once_for_each_task(self, app, caplog, answer, options, why):
+        """Under the task's name, in words of its result: who is to repair it must find it."""
+        setup_cache(app, l2_enabled=False, max_value_size=1500)
+        tasks = [counting(app, answer, negative={Exception: 30}, **options) for _ in range(2)]
+        for task in [*tasks, *tasks]:
+            with suppress(Exception):
+                task()
+        texts = [record.getMessage() for record in caplog.records if record.name == "celery_mlcache"]
+        assert len(texts) == 2
+        for task, text in zip(tasks, texts, strict=True):
+            pattern = why if "\\d" in why else re.escape(why)
+            assert re.match(rf"an outcome cannot be cached: {re.escape(task.name)}: {pattern}", text), text
+
+    def test_set_says_it_too(self, app):
+        """What is given to ``set`` is checked as a result is, and named as the caller knows it."""
+        task = counting(app, lambda n: n)
+        with pytest.raises(SerializationError, match=r"^result\['a'\]: object cannot be stored"):
+            task.cache.set({"a": object()})
+
+    def test_strict(self, app):
+        """There it is an error of the task's, in the same words; one that the body raises is its own."""
+        setup_cache(app, l2_enabled=False, strict=True)
+        with pytest.raises(SerializationError, match=r"^result\['a'\]: object cannot be stored"):
+            counting(app, lambda n: {"a": object()})()
+        own = SerializationError("value[2]", "mine", "is my own")
+        with pytest.raises(SerializationError) as info:
+            counting(app, boom_with(own))()
+        assert info.value is own
 
     def test_a_cache_that_is_switched_off_is_no_trouble(self, told):
         """Then every call runs, and nothing is complained about."""
