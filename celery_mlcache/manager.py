@@ -286,7 +286,8 @@ class CacheManager:
         if parts.remote is not None:
             seen = self._inspect_remote(parts, parts.remote, key, "l2" if entry is None else "l1")
         else:
-            seen = Inspection(why="nothing is in L1, and there is no L2")
+            is_off = parts.tier.local is None
+            seen = Inspection(why="the cache is switched off" if is_off else "nothing is in L1, and there is no L2")
         if entry is None or (seen.level is not None and parts.remote is not None):
             return seen
         return Inspection(entry.read(), "l1", entry.deadline - self._clock(), entry.tags)

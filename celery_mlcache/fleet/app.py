@@ -122,9 +122,13 @@ def setup_cache(app: Celery, config: CacheConfig | None = None, **overrides: Any
         **overrides: Fields of CacheConfig, before the environment, ``app.conf.mlcache_*`` and Celery's own Redis.
 
     Raises:
+        TypeError: *app* is none.
         ConfigurationError: Arguments or environment are wrong. ``app.conf`` is read when the worker starts (or at
             the first use), and a worker whose settings are wrong does not start.
     """
+    if not isinstance(_real(app), Celery):
+        msg = f"setup_cache takes a Celery app, not {app!r:.80}"
+        raise TypeError(msg)
     if config is not None and overrides:
         raise ConfigurationError([f"setup_cache() takes a config or single settings, not both: {', '.join(overrides)}"])
     if config is None:

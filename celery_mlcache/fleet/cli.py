@@ -44,7 +44,7 @@ def invalidate(
     Exit status: 0 done; 2 wrong arguments; 69 Redis did not answer, so nothing is certain.
     """
     if bool(keys or tags or prefixes) == is_all:
-        raise click.UsageError("give the keys, tags or prefixes to invalidate, or --all")
+        raise click.UsageError("give either keys, tags or prefixes to invalidate, or --all")
     fleet = _fleet(ctx.obj.app)
     from celery_mlcache.errors import CacheKeyError, ConfigurationError, RemoteStoreError  # noqa: PLC0415
 

@@ -23,7 +23,7 @@ from celery_mlcache.errors import (
     is_interrupt,
 )
 from celery_mlcache.keys import check_tags
-from celery_mlcache.plans import Contention, check_stale_ttl, check_ttl
+from celery_mlcache.plans import MAX_TTL, Contention, check_stale_ttl, check_ttl
 
 CONTENTIONS: Final[tuple[str, ...]] = get_args(Contention)
 # What tells the worker what to do with the task, and says nothing of its result.
@@ -205,7 +205,11 @@ def _negative(value: Any) -> Any:
         if issubclass(kind, (*INTERRUPTS, MLCacheError)):
             msg = f"negative cannot take {kind.__name__}: it says something of this moment, and nothing of the call"
             raise ValueError(msg)  # noqa: TRY004 - it is a class of exceptions
-        found[kind] = check_ttl(seconds(time))
+        try:
+            found[kind] = check_ttl(seconds(time))
+        except ValueError:
+            msg = f"negative: {kind.__name__} must live a number of seconds > 0 and <= {MAX_TTL:g}, not {time!r:.80}"
+            raise ValueError(msg) from None
     return MappingProxyType(found)
 
 

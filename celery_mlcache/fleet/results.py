@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -152,9 +153,9 @@ class TaskCache:
     def level_of(self, result: Any) -> str | None:
         """Return where the result of an AsyncResult was found, for those who must know a stale one when they see it.
 
-        "l1", "l2", "shared" (another call was computing it), "stale", "producer", or how it came about: "miss",
-        "refresh", "bypass", "uncacheable". None before it is there, for an EagerResult, and where the result backend
-        keeps no more than Celery's own columns.
+        "l1", "l2" (also where it had to wait for another process), "shared" (another call in its process was computing
+        it), "stale", "producer", or how it came about: "miss", "refresh", "bypass", "uncacheable". None before it is
+        there, for an EagerResult, and where the result backend keeps no more than Celery's own columns.
         """
         try:
             found: dict[str, Any] = result._get_task_meta()  # noqa: SLF001 - Celery has no public way
@@ -181,7 +182,9 @@ class TaskCache:
         why, parts = _why(seen, record, is_hit=False), self.serving.keys.parts(bound)
         found = Explanation(name, key, why, parts, tags=tags, holder=holder)
         if record is None:
-            return found
+            return (
+                found if holder is None else replace(found, why=f"nothing is stored yet: {holder} computes it just now")
+            )
         error = unpack_error(record.value, self.options.negative) if record.is_error else None
         is_known = error is not None or not record.is_error
         is_hit = is_known and (seen.level != "stale" or self.serving.takes_stale("use"))

@@ -17,8 +17,8 @@ from __future__ import annotations
 import random
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -339,13 +339,17 @@ class Serving:
     ) -> tuple[Record, Loaded] | None:
         """Return how a result is to be stored, or None where the options say not to; raises what they raise."""
         options = self.options
-        life = self._life(result)
+        with _noted("ttl"):
+            life = self._life(result)
         if life <= 0 or (result is None and not options.cache_none):
             return None
-        if options.cache_if is not None and not options.cache_if(result):
-            return None
+        if options.cache_if is not None:
+            with _noted("cache_if"):
+                if not options.cache_if(result):
+                    return None
         if callable(options.tags):
-            tags = check_tags((*tags, *check_tags(options.tags(dict(bound), result))))
+            with _noted("tags"):
+                tags = check_tags((*tags, *check_tags(options.tags(dict(bound), result))))
         record = self._record(result, took, life)
         loaded = Loaded(
             record.pack(),
@@ -425,6 +429,18 @@ class Serving:
             return
         when: Any = countdown
         raise Retry(exc=why, when=when, sig=again)
+
+
+@contextmanager
+def _noted(option: str) -> Iterator[None]:
+    """Note on what an option's function raises which one it was."""
+    try:
+        yield
+    except Exception as exc:
+        note = f"in the task's option {option}"
+        if note not in getattr(exc, "__notes__", ()):  # it may raise one and the same each time
+            exc.add_note(note)
+        raise
 
 
 def started_name(task_id: str) -> str:

@@ -64,7 +64,8 @@ class Telling:
     def note_hook(self, key: str, why: Exception) -> None:
         """Tell that an option that is a function has raised."""
         self.count("hook_failures")
-        self.warn_once("an option of a cached task has raised", why)
+        noted = ", ".join(getattr(why, "__notes__", ())).removeprefix("in the task's ")
+        self.warn_once(f"an option of a cached task has raised ({noted or 'option'})", why)
         self.send(signals.cache_error, key, what="hook", error=why)
 
     def warn_once(self, what: str, why: Exception) -> None:

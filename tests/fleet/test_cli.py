@@ -83,9 +83,11 @@ def test_invalidate_everything_asks_first(fleet, warm):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        pytest.param([], "give the keys, tags or prefixes to invalidate, or --all", id="nothing"),
-        pytest.param(["--all", "-y", "k"], "give the keys, tags or prefixes to invalidate, or --all", id="both"),
-        pytest.param(["--all", "-y", "-t", "k"], "give the keys, tags or prefixes to invalidate, or --all", id="all"),
+        pytest.param([], "give either keys, tags or prefixes to invalidate, or --all", id="nothing"),
+        pytest.param(["--all", "-y", "k"], "give either keys, tags or prefixes to invalidate, or --all", id="both"),
+        pytest.param(
+            ["--all", "-y", "-t", "k"], "give either keys, tags or prefixes to invalidate, or --all", id="all"
+        ),
         pytest.param(["k", "-t", "a\nb"], "tag 'a\\nb' must not hold control characters", id="no-tag"),
         pytest.param(["-p", ""], "prefix '' must not be empty", id="no-prefix"),
         pytest.param(["a\nb"], "control characters", id="no-key"),

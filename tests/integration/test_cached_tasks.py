@@ -485,6 +485,19 @@ class TestSingleFlight:
         assert first.result(LONG) == 7
         assert one() == two() == 7
 
+    def test_explain_names_who_computes(self, fleet):
+        """While nothing is stored yet and somebody is about to, that is the answer."""
+        gate = Gate()
+        one, two = fleet.task(gate), fleet.task(forbidden)
+        first = fleet.start(one)
+        gate.wait_entered()
+        explained = two.cache.explain()
+        assert explained.why == f"nothing is stored yet: {explained.holder} computes it just now"
+        assert (explained.is_hit, explained.level) == (False, None)
+        gate.opened.set()
+        first.result(LONG)
+        assert two.cache.explain().why == "its result is cached"
+
     def test_compute(self, fleet):
         """With "compute" nobody waits; the first result stands."""
         gate = Gate("late")

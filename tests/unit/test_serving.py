@@ -190,6 +190,14 @@ class TestHooks:
             each for each in caplog.records if each.message.startswith("an option of a cached task has raised")
         ]
         assert logged.task == task.name
+        assert logged.message.startswith(f"an option of a cached task has raised (option {next(iter(options))}): t.")
+
+    def test_one_that_raises_the_same_each_time(self, app):
+        """Nothing grows on it."""
+        error = ZeroDivisionError()
+        task = counting(app, cache_if=lambda n: boom_with(error)())
+        assert [task(), task()] == [1, 2]
+        assert error.__notes__ == ["in the task's option cache_if"]
 
     @pytest.mark.parametrize("error", [SoftTimeLimitExceeded(), Ignore(), KeyboardInterrupt(), SystemExit(3)])
     def test_interrupts_pass(self, app, error):
@@ -380,7 +388,7 @@ class TestWhatIsCached:
         task = counting(off, early=True, stale_ttl=5)
         assert [task(), task()] == [1, 2]
         assert [name for name, _, _ in told] == ["cache_miss"] * 2
-        assert task.cache.explain().why == "nothing is in L1, and there is no L2"
+        assert task.cache.explain().why == "the cache is switched off"
         off.mlcache.close()
         off.close()
 

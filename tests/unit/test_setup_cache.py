@@ -58,6 +58,12 @@ class TestSetup:
         assert not cache.is_running
         assert "shop" in repr(cache)
 
+    @pytest.mark.parametrize("wrong", ["x", None, Celery])
+    def test_what_is_no_app(self, wrong):
+        """Anything but an app is refused."""
+        with pytest.raises(TypeError, match="setup_cache takes a Celery app, not "):
+            setup_cache(wrong)
+
     def test_idempotent(self, app):
         """Called again, with nothing or with the same, it returns what is there, used or not."""
         cache = setup_cache(app, l2_enabled=False)
