@@ -343,7 +343,9 @@ class CacheConfig(BaseSettings):
     producer_budget: _Number = Field(
         0.02, gt=0, le=10, description="Seconds that a call may look for its result before it is sent to a worker"
     )
-    strict: bool = Field(False, description="Raise when Redis fails, in place of a miss")
+    strict: bool = Field(
+        False, description="Raise when Redis fails, in place of a miss, and when a loaded value cannot be stored"
+    )
 
     _origin: _Origin = PrivateAttr(default_factory=_Origin)
 
