@@ -269,8 +269,8 @@ def _abandoner(remote: RedisRemote, backplane: Backplane | None) -> Callable[[],
 def _breaker_logger(namespace: str) -> Callable[[str, str], None]:
     def on_change(old: str, new: str) -> None:
         if new == "open" and old == "closed":
-            log.warning("circuit open", extra={"namespace": namespace})
+            log.warning("the cache's circuit is open: Redis fails (%s)", namespace, extra={"namespace": namespace})
         elif new == "closed":
-            log.info("circuit closed", extra={"namespace": namespace})
+            log.info("the cache's circuit is closed (%s)", namespace, extra={"namespace": namespace})
 
     return on_change

@@ -304,7 +304,8 @@ class Tier:
             self._on_alive()
         if self.backplane_state != "up":
             self.backplane_state = "up"
-            log.info("backplane up", extra={"namespace": self._namespace, "stamp": pulse.stamp})
+            more = {"namespace": self._namespace, "stamp": pulse.stamp}
+            log.info("the cache's backplane is up (%s)", self._namespace, extra=more)
 
     def on_lost(self, why: str) -> None:
         """End the lease."""
@@ -314,7 +315,8 @@ class Tier:
             self._stats.subscription_losses += 1
         if self.backplane_state != "down":
             self.backplane_state = "down"
-            log.warning("backplane down: %s", why or "it ended", extra={"namespace": self._namespace, "why": why})
+            more = {"namespace": self._namespace, "why": why}
+            log.warning("the cache's backplane is down: %s (%s)", why or "it ended", self._namespace, extra=more)
 
     def _apply(self, act: Act) -> None:
         """Do to L1 what coherence decided; under the lock."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -578,9 +579,10 @@ class TestGoneRedis:
         wait_until(lambda: cache.stats()["circuit"] == "open")
         redis_server.start()
         recovered(cache)
-        texts = [record.getMessage().partition(":")[0] for record in caplog.records]
+        texts = [re.split(r":| \(", record.getMessage())[0] for record in caplog.records]
         assert sorted(set(texts)) == sorted(texts)
-        assert {"backplane down", "backplane up", "circuit open", "circuit closed"} == set(texts)
+        states = ["backplane is down", "backplane is up", "circuit is open", "circuit is closed"]
+        assert {f"the cache's {state}" for state in states} == set(texts)
 
     def test_a_port_that_nobody_listens_on_costs_no_cpu(self):
         """A Redis that never comes is tried for with pauses."""
