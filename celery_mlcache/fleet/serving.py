@@ -17,10 +17,10 @@ from __future__ import annotations
 import random
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from celery.exceptions import Retry
 
@@ -49,6 +49,8 @@ from celery_mlcache.plans import MAX_TTL, Answer, Loaded, Plan, check_ttl
 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask
+
+T = TypeVar("T")
 
 COALESCE: Final = 60.0  # seconds for which the same call may be answered by one that is under way
 RETRY_AT_LEAST: Final = 0.05  # seconds, for a retry in place of waiting
@@ -143,11 +145,9 @@ class Serving:
             if mode == "only":
                 raise NotCachedError(self.task.name, call.key, "the cache is closed") from None
             return call.run()
-        except SerializationError as exc:
-            if call.record is None:
-                raise  # it is the body's own
-            raise call.record.of_outcome(exc) from None  # ``strict``
         except Exception as exc:
+            if isinstance(exc, SerializationError) and call.record is not None:  # ``strict``; the body's own has none
+                raise call.record.of_outcome(exc) from None
             if exc is call.failure and not isinstance(exc, INTERRUPTS) and not is_interrupt(exc):
                 self.told.send(signals.cache_miss, call.key, seconds=call.took, is_cached=False)
             raise
@@ -284,9 +284,8 @@ class Serving:
     def _load(self, call: Call) -> Loaded:
         """Run the function; what it raises passes, or is what is stored."""
         options = self.options
-        if (
-            call.shared_id is not None
-        ):  # not before the lease is held: whoever sees the mark and no lease sees a dead one
+        if call.shared_id is not None:
+            # Not before the lease is held: who sees the mark and no lease takes this worker for dead.
             with suppress(CacheClosedError, RemoteStoreError):
                 self.manager.mark(started_name(call.shared_id), COALESCE, is_new=False)
         call.has_begun, began = True, time.monotonic()
@@ -296,9 +295,7 @@ class Serving:
             life = options.negative_life(exc)
             packed = None if life is None else pack_error(exc)
             if life is not None and packed is None:
-                why = SerializationError(
-                    "exception", type(exc).__name__, "would come back different, and is not cached"
-                )
+                why = SerializationError("exception", type(exc).__name__, "would come back different")
                 self.told.note_unstorable(call.key, why)
             # A good result that is still there is worth more than the news that it cannot be had now; and what is to
             # be tried again is no outcome yet.
@@ -339,17 +336,14 @@ class Serving:
     ) -> tuple[Record, Loaded] | None:
         """Return how a result is to be stored, or None where the options say not to; raises what they raise."""
         options = self.options
-        with _noted("ttl"):
-            life = self._life(result)
+        life = _ask("ttl", self._life, result)
         if life <= 0 or (result is None and not options.cache_none):
             return None
-        if options.cache_if is not None:
-            with _noted("cache_if"):
-                if not options.cache_if(result):
-                    return None
+        if options.cache_if is not None and not _ask("cache_if", options.cache_if, result):
+            return None
         if callable(options.tags):
-            with _noted("tags"):
-                tags = check_tags((*tags, *check_tags(options.tags(dict(bound), result))))
+            make = options.tags
+            tags = check_tags((*tags, *_ask("tags", lambda: check_tags(make(dict(bound), result)))))
         record = self._record(result, took, life)
         loaded = Loaded(
             record.pack(),
@@ -431,15 +425,15 @@ class Serving:
         raise Retry(exc=why, when=when, sig=again)
 
 
-@contextmanager
-def _noted(option: str) -> Iterator[None]:
-    """Note on what an option's function raises which one it was."""
+def _ask(option: str, function: Callable[..., T], *args: Any) -> T:
+    """Return what an option's function says; note on what it raises which option it was."""
     try:
-        yield
+        return function(*args)
     except Exception as exc:
         note = f"in the task's option {option}"
         if note not in getattr(exc, "__notes__", ()):  # it may raise one and the same each time
-            exc.add_note(note)
+            with suppress(Exception):  # a frozen one takes none
+                exc.add_note(note)
         raise
 
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 import pytest
@@ -199,6 +200,19 @@ class TestHooks:
         assert [task(), task()] == [1, 2]
         assert error.__notes__ == ["in the task's option cache_if"]
 
+    def test_one_that_raises_what_takes_no_note(self, app):
+        """It is told all the same, and ``set`` raises it as it is."""
+
+        @dataclass(frozen=True)
+        class FrozenError(Exception):
+            code: int
+
+        task = counting(app, cache_if=lambda n: boom_with(FrozenError(7))())
+        assert task() == 1
+        assert app.mlcache.stats()["hook_failures"] == 1
+        with pytest.raises(FrozenError):
+            task.cache.set(1)
+
     @pytest.mark.parametrize("error", [SoftTimeLimitExceeded(), Ignore(), KeyboardInterrupt(), SystemExit(3)])
     def test_interrupts_pass(self, app, error):
         """What is to end the task ends it also where it comes in a hook."""
@@ -371,7 +385,7 @@ class TestWhatIsCached:
         with pytest.raises(SerializationError, match=r"^result\['a'\]: object cannot be stored"):
             task.cache.set({"a": object()})
 
-    def test_strict(self, app):
+    def test_strict(self, app, told):
         """There it is an error of the task's, in the same words; one that the body raises is its own."""
         setup_cache(app, l2_enabled=False, strict=True)
         with pytest.raises(SerializationError, match=r"^result\['a'\]: object cannot be stored"):
@@ -380,6 +394,7 @@ class TestWhatIsCached:
         with pytest.raises(SerializationError) as info:
             counting(app, boom_with(own))()
         assert info.value is own
+        assert [name for name, _, _ in told] == ["cache_miss"]
 
     def test_a_cache_that_is_switched_off_is_no_trouble(self, told):
         """Then every call runs, and nothing is complained about."""
