@@ -9,9 +9,8 @@ A call by name (``send_task``, a signature of a task that is not registered here
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, Token
 from typing import Any, Final, Literal, get_args
 
 from celery import signals
@@ -91,14 +90,21 @@ def ambient_mode(task: Any) -> str | None:
     return _AMBIENT.get().get(task.name)
 
 
-@contextmanager
-def using(task: Any, mode: str) -> Iterator[None]:
-    """Give every call of *task* in this block, in this thread or greenlet, the mode; not those inside of them."""
-    token = _AMBIENT.set({**_AMBIENT.get(), task.name: check_mode(mode)})
-    try:
-        yield
-    finally:
-        _AMBIENT.reset(token)
+class Using:
+    """Gives every call of *task* in a block, in this thread or greenlet, the mode; not those inside of them.
+
+    A class, for contextlib's generators assign to what is raised in the block, which a frozen exception refuses.
+    """
+
+    def __init__(self, task: Any, mode: str) -> None:
+        self._task_name, self._mode = task.name, check_mode(mode)
+        self._tokens: list[Token[dict[str, str]]] = []  # it may be entered again, by itself too
+
+    def __enter__(self) -> None:
+        self._tokens.append(_AMBIENT.set({**_AMBIENT.get(), self._task_name: self._mode}))
+
+    def __exit__(self, *_: object) -> None:
+        _AMBIENT.reset(self._tokens.pop())
 
 
 def run_apart(task: Any, run: Callable[[], Any]) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -133,8 +133,12 @@ class TaskCache:
         An invalidation that passes meanwhile wins: the result is then returned and not stored. Raises what the
         function raises, and TypeError for arguments that do not fit the task.
         """
-        with self.using("refresh"), self._request(args, kwargs):
-            return self.serving.answer(self.original, args, kwargs)
+        with self.using("refresh"):
+            self._task.push_request(args=args, kwargs=kwargs)  # a direct call, as Celery makes one
+            try:
+                return self.serving.answer(self.original, args, kwargs)
+            finally:
+                self._task.pop_request()
 
     def refresh_async(self, *args: Any, **kwargs: Any) -> Any:
         """Send a task that refreshes a call, on the task's ``refresh_queue``, and return its AsyncResult."""
@@ -148,7 +152,7 @@ class TaskCache:
         Raises:
             ValueError: It is not one.
         """
-        return modes.using(self._task, modes.check_mode(mode))
+        return modes.Using(self._task, mode)
 
     def level_of(self, result: Any) -> str | None:
         """Return where the result of an AsyncResult was found, for those who must know a stale one when they see it.
@@ -255,15 +259,6 @@ class TaskCache:
         if error is None:
             return MISS
         raise error
-
-    @contextmanager
-    def _request(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Be a direct call, as Celery makes one: with a request of its own."""
-        self._task.push_request(args=args, kwargs=kwargs)
-        try:
-            yield
-        finally:
-            self._task.pop_request()
 
 
 def settle(task: CachedTask) -> Options:

@@ -605,6 +605,22 @@ class TestModes:
         task = counting(app)
         assert [task.apply(headers={"mlcache_mode": mode}).get() for _ in range(2)] == [1, 1]
 
+    def test_using_leaves_errors_as_they_are(self, app):
+        """A frozen one too, and the mode ends with the block."""
+
+        @dataclass(frozen=True)
+        class FrozenError(Exception):
+            code: int
+
+        error = FrozenError(7)
+        task = counting(app, boom_with(error))
+        block = task.cache.using("refresh")
+        for call in (task, task.cache.refresh):
+            with pytest.raises(FrozenError) as info, block, block:
+                call()
+            assert info.value is error
+        assert modes.ambient_mode(task) is None
+
     def test_using(self, app):
         """Every call in the block has the mode, direct or sent; another mode inside wins; after it all is as before."""
         task, other = counting(app), counting(app)
