@@ -148,10 +148,12 @@ class Run:
 def _let_go_of_results(app: Celery) -> None:
     """Close the caller's connections; results that are dropped later have nothing to unsubscribe from any more.
 
-    A result collected after Redis has gone would try to reach it for 20 seconds (celery 5.7, `AsyncResult.__del__`).
+    A result collected after Redis has gone would try to reach it for 20 seconds (`AsyncResult.__del__`), and before
+    celery 5.7 so would each that has its answer: all of a run, one after the other.
     """
-    app.backend.result_consumer.stop()
-    app.backend.result_consumer.subscribed_to.clear()
+    consumer = app.backend.result_consumer
+    consumer.stop()
+    consumer.cancel_for = lambda _id: None
     app.close()
 
 
