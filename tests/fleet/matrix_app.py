@@ -19,6 +19,7 @@ from kombu.serialization import dumps
 from pydantic import BaseModel
 
 from celery_mlcache import CachedTask, cached_task
+from tests.support.annotated import annotated
 from tests.support.waiting import wait_until
 
 SIDES = ("plain", "worker", "producer")
@@ -132,6 +133,7 @@ def _define(home: Any, side: str, deadly: type[Task]) -> None:
         return [self.name.partition(".")[2], self.request.retries, x]
 
     @task(pydantic=True)
+    @annotated
     def order(order: Order, x: str) -> Order:
         count(x)
         return Order(sku=order.sku, amount=order.amount * 2)
