@@ -160,7 +160,7 @@ class Fleet:
             with self.app.connection_for_write() as connection:
                 while not is_gone.wait(0.1):
                     with contextlib.suppress(Exception):  # its queue may be gone by now
-                        self.app.control.broadcast("heartbeat", connection=connection)
+                        self.app.control.broadcast("ping", connection=connection)
 
         nudger = threading.Thread(target=nudge)
         nudger.start()
