@@ -209,7 +209,9 @@ class _Carrier:
 
     def __init__(self, backend: Any) -> None:
         if _stores_metadata_whole(backend):
-            self._make = self._replace(backend, "_get_result_meta", self.make)
+            # rpc:// has its own, and before 5.7 that one asks nobody.
+            maker = "_to_result" if hasattr(backend, "_to_result") else "_get_result_meta"
+            self._make = self._replace(backend, maker, self.make)
             self._take = self._replace(backend, "meta_from_decoded", self.take)
         self._join = self._replace(backend, "on_chord_part_return", self.join)
 
@@ -222,7 +224,7 @@ class _Carrier:
     def make(self, *args: Any, **kwargs: Any) -> Any:
         """The worker: what is stored of a task's state, and where a cached task's result was found."""
         meta = self._make(*args, **kwargs)
-        level = getattr(kwargs.get("request"), LEVEL, None)
+        level = getattr(kwargs.get("request", args[-1] if args else None), LEVEL, None)
         if level is not None:
             meta[LEVEL] = level
         if text := tell():

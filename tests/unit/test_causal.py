@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from celery import Celery, signals
+from celery.app.task import Context
 from celery.backends.base import DisabledBackend
 
 from celery_mlcache import setup_cache
@@ -411,6 +412,13 @@ class TestResults:
             backend = causal.carry(BaseBackend(app))
         assert HEADER not in backend._get_result_meta(1, "SUCCESS", None, None)
         assert backend.on_chord_part_return(SimpleNamespace(), "SUCCESS", 1) is None
+
+    def test_rpc(self, app):
+        """What ``rpc://`` sends tells both, whichever of its methods makes it: another one from Celery 5.7 on."""
+        from celery.backends.rpc import RPCBackend
+
+        meta = causal.carry(RPCBackend(app))._to_result("id", "SUCCESS", 1, None, Context(mlcache="l2"))
+        assert (meta["task_id"], meta[HEADER], meta["mlcache"]) == ("id", "shop@7", "l2")
 
     @pytest.mark.parametrize("names", [(), ("on_chord_part_return",)])
     def test_a_backend_without_the_names_or_a_place_for_others_is_left_alone(self, names):
