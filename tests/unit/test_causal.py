@@ -222,7 +222,8 @@ class TestPublishing:
         with caplog.at_level(logging.WARNING, "celery_mlcache"):
             assert HEADER not in sent(app)
             assert HEADER not in sent(app)
-        assert len(caplog.records) == 1
+        # kombu 5.6 has something to say of memory:// too.
+        assert [record.name for record in caplog.records].count("celery_mlcache") == 1
 
 
 class TestHearing:
