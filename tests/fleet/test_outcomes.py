@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import billiard
 import pytest
+from celery import VERSION
 from celery.exceptions import SoftTimeLimitExceeded
 
 from celery_mlcache.entry import MISS
@@ -15,9 +17,13 @@ from tests.support.worker import WorkerError
 pytestmark = [pytest.mark.fleet, pytest.mark.redis]
 
 SECRET = "s3ntinel-pa55word"
+_IS_ANSWERED = pytest.mark.skipif(
+    VERSION < (5, 7) and billiard.VERSION >= (4, 3),
+    reason="Celery before 5.7 cannot store the SystemExit that billiard 4.3 hands it: no task's caller is told",
+)
 MOODS = [
     pytest.param("error", {}, "OopsError", id="user-exception"),
-    pytest.param("exit", {}, "WorkerLostError", id="system-exit"),
+    pytest.param("exit", {}, "WorkerLostError", id="system-exit", marks=_IS_ANSWERED),
     pytest.param("soft", {"soft_time_limit": 0.3}, "SoftTimeLimitExceeded", id="soft-time-limit"),
     pytest.param("hard", {"time_limit": 0.3}, "TimeLimitExceeded", id="hard-time-limit"),
 ]
