@@ -235,7 +235,7 @@ class TestProxy:
     def test_delay(self, proxy, through, direction):
         """delay() outlasts a shorter patience, keeps order, and ends."""
         assert through.ping()
-        proxy.delay(0.5, direction)
+        proxy.delay(2.0, direction)
         with pytest.raises(redis.TimeoutError):
             through.ping()
         proxy.delay(0.02, direction)
