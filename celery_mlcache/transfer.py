@@ -78,7 +78,7 @@ def shelved_of(entry: Entry) -> Shelved:
 
 
 class Transfer:
-    """Moves values for one manager; holds no state of its own, so that it outlives a fork.
+    """Moves values for one manager; of its own it knows only whether it has warned, so that it outlives a fork.
 
     Args:
         clock: Monotonic seconds.
@@ -88,6 +88,7 @@ class Transfer:
     def __init__(self, clock: Callable[[], float], rng: Callable[[], float]) -> None:
         self._clock = clock
         self._rng = rng
+        self._has_warned = False
 
     def fetch(
         self, parts: Parts, remote: RemoteStore, tickets: Sequence[Ticket], *, within: float | None = None
@@ -203,7 +204,8 @@ class Transfer:
             found.refused = exc
             if parts.policy.strict and not loaded.is_optional:
                 raise
-            if parts.stats.unserializable == 1 and not loaded.is_told:
+            if not (loaded.is_told or self._has_warned):
+                self._has_warned = True
                 log.warning("a loaded value cannot be cached: %.200s: %s", key, exc, extra={"key": key})
             return None
         return Draft(found, tail, shelved, self.life_of(parts, loaded), loaded.stale_life)

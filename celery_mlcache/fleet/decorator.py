@@ -198,8 +198,8 @@ def cached_task(function: Any = None, /, *, app: Any = None, base: Any = None, *
         is_bound = bool(options.get("bind"))
         _check_function(wrapped, is_bound=is_bound)
         name = wrapped.__name__
-        inherited = Options().inherited(base.__mro__ if base else (), name)
-        _check_options(inherited.changed(own, name), CallShape(wrapped, skips_self=is_bound), name)
+        known = Options().inherited(base.__mro__ if base else (), name).changed(own, name).whole(name)
+        _check_options(known, CallShape(wrapped, skips_self=is_bound), name)
         if not name.isidentifier():  # Celery compiles a "def" of that name when the task is made
             msg = f"@cached_task takes a function with a name, not {name}: {_FUNCTION}"
             raise TypeError(msg)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ContextDecorator
 from contextvars import ContextVar, Token
 from typing import Any, Final, Literal, get_args
 
@@ -90,7 +91,7 @@ def ambient_mode(task: Any) -> str | None:
     return _AMBIENT.get().get(task.name)
 
 
-class Using:
+class Using(ContextDecorator):
     """Gives every call of *task* in a block, in this thread or greenlet, the mode; not those inside of them.
 
     A class, for contextlib's generators assign to what is raised in the block, which a frozen exception refuses.

@@ -7,11 +7,11 @@ base classes, the decorator (or the class), ``app.conf.mlcache_tasks[name]``, Ce
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, Final, get_args
+from typing import Any, Final, Self, get_args
 
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded, TaskPredicate
 
@@ -26,6 +26,7 @@ from celery_mlcache.keys import check_tags
 from celery_mlcache.plans import MAX_TTL, Contention, check_stale_ttl, check_ttl
 
 CONTENTIONS: Final[tuple[str, ...]] = get_args(Contention)
+RETRIES: Final = ("autoretry_for", "dont_autoretry_for", "retry_kwargs")  # Celery's, of a task or its decorator
 # What tells the worker what to do with the task, and says nothing of its result.
 INTERRUPTS: Final = (Retry, Ignore, Reject, SoftTimeLimitExceeded, TaskPredicate)
 _MAX_PRIORITY: Final = 255
@@ -92,7 +93,13 @@ class Options:
     producer: bool = False
     coalesce: bool = False
     # Names of the options that were given: the others leave room for those of other places.
-    stated: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
+    stated: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note which options are given, also one that is given its default."""
+        self = object.__new__(cls)
+        object.__setattr__(self, "stated", frozenset((*OPTION_NAMES[: len(args)], *kwargs)))
+        return self
 
     def __post_init__(self) -> None:
         """Refuse at decoration what would be refused at the first call; raises ConfigurationError, all at once."""
@@ -108,19 +115,21 @@ class Options:
             for name, value in flags.items()
             if not isinstance(value, bool)
         ]
-        if not problems and self.on_contention == "stale" and not self.stale_ttl:
-            problems.append("on_contention='stale' needs a stale_ttl, or there is never anything stale")
         if problems:
             raise ConfigurationError(problems)
-        stated = [name for name in OPTION_NAMES if getattr(self, name) != _DEFAULTS[name]]
-        object.__setattr__(self, "stated", frozenset(stated))
 
     @classmethod
     def of(cls, given: Any, task_name: str) -> Options:
         """Return checked options; raises ConfigurationError for a wrong one, and names the task."""
-        if isinstance(given, Options):
-            return given
-        return cls().changed(given, task_name)
+        options = given if isinstance(given, Options) else cls().changed(given, task_name)
+        return options.whole(task_name)
+
+    def whole(self, task_name: str) -> Options:
+        """Return these options, which are now from all places; raises as :meth:`of` where they do not go together."""
+        if self.on_contention == "stale" and not self.stale_ttl:
+            why = "on_contention='stale' needs a stale_ttl, or there is never anything stale"
+            raise ConfigurationError([f"{task_name}: {why}"])
+        return self
 
     def changed(self, given: Any, task_name: str) -> Options:
         """Return these options with those that *given* states in their place; raises as :meth:`of`."""
@@ -151,7 +160,9 @@ class Options:
         """Return these options under those that *classes* state, nearest first; raises as :meth:`of`."""
         options = self
         for each in reversed(classes):
-            options = options.changed(each.__dict__.get("mlcache"), task_name)
+            own = each.__dict__
+            # What was declared: where the base is a task itself, Celery's annotations replace the attribute.
+            options = options.changed(own.get("_mlcache_declared", own.get("mlcache")), task_name)
         return options
 
     def negative_life(self, error: BaseException) -> float | None:
@@ -338,6 +349,3 @@ _CHECKS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "max_wait": _max_wait,
 }
 OPTION_NAMES: Final = tuple(each.name for each in fields(Options) if each.init)
-_DEFAULTS: Final[Mapping[str, Any]] = {
-    each.name: {} if each.default is MISSING else each.default for each in fields(Options)
-}

@@ -271,7 +271,7 @@ def settle(task: CachedTask) -> Options:
     options = options.inherited(kind.__mro__[1:], name)
     declared, given = kind._mlcache_declared, kind.__dict__.get("mlcache")  # noqa: SLF001 - our own class
     options = options.changed(declared, name).changed(conf.get(name), f"{TASKS}[{name!r}]")
-    return options if given is declared else options.changed(given, name)
+    return (options if given is declared else options.changed(given, name)).whole(name)
 
 
 def _call(given: Any, task_name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

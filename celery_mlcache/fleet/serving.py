@@ -39,10 +39,10 @@ from celery_mlcache.errors import (
 from celery_mlcache.fleet import modes, signals
 from celery_mlcache.fleet.app import fleet_of
 from celery_mlcache.fleet.lineage import ancestry
-from celery_mlcache.fleet.options import INTERRUPTS, Options, seconds
+from celery_mlcache.fleet.options import INTERRUPTS, RETRIES, Options, seconds
 from celery_mlcache.fleet.record import Record, pack_error, unpack, unpack_error
 from celery_mlcache.fleet.refreshing import Refreshing
-from celery_mlcache.fleet.telling import Telling
+from celery_mlcache.fleet.telling import IN_OPTION, Telling
 from celery_mlcache.keys import check_tags, wire
 from celery_mlcache.manager import CacheManager
 from celery_mlcache.plans import MAX_TTL, Answer, Loaded, Plan, check_ttl
@@ -138,7 +138,9 @@ class Serving:
     def _answer_told(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         """Answer a call that has a key, and see to it that whatever comes of it is told."""
         try:
-            return self._answer(call, request, mode, is_message=is_message)
+            answer = self._answer(call, request, mode, is_message=is_message)
+        except Retry:
+            raise  # it is under way, as it was
         except CacheClosedError:
             if call.has_begun:
                 raise  # it is the body's own
@@ -150,7 +152,12 @@ class Serving:
                 raise call.record.of_outcome(exc) from None
             if exc is call.failure and not isinstance(exc, INTERRUPTS) and not is_interrupt(exc):
                 self.told.send(signals.cache_miss, call.key, seconds=call.took, is_cached=False)
+            if not call.has_begun:
+                self._mark_begun(call)
             raise
+        if not call.has_begun:
+            self._mark_begun(call)
+        return answer
 
     def _answer(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
         if mode == "only":
@@ -284,24 +291,23 @@ class Serving:
     def _load(self, call: Call) -> Loaded:
         """Run the function; what it raises passes, or is what is stored."""
         options = self.options
-        if call.shared_id is not None:
-            # Not before the lease is held: who sees the mark and no lease takes this worker for dead.
-            with suppress(CacheClosedError, RemoteStoreError):
-                self.manager.mark(started_name(call.shared_id), COALESCE, is_new=False)
+        self._mark_begun(
+            call
+        )  # not before the lease is held: who sees the mark and no lease takes this worker for dead
         call.has_begun, began = True, time.monotonic()
         try:
             call.result = modes.run_apart(self.task, call.run)
         except Exception as exc:
             life = options.negative_life(exc)
             packed = None if life is None else pack_error(exc)
-            if life is not None and packed is None:
-                why = SerializationError("exception", type(exc).__name__, "would come back different")
-                self.told.note_unstorable(call.key, why)
             # A good result that is still there is worth more than the news that it cannot be had now; and what is to
             # be tried again is no outcome yet.
             is_spared = (call.since is not None and options.forgives(exc)) or self._is_to_be_retried(exc)
             if life is None or packed is None or is_spared:
                 call.failure, call.took = exc, time.monotonic() - began
+                if life is not None and not is_spared and self._is_on:
+                    why = SerializationError("exception", type(exc).__name__, "would come back different")
+                    self.told.note_unstorable(call.key, why)
                 raise
             call.error, call.took = exc, time.monotonic() - began
             call.record = self._record(packed, call.took, life, is_error=True)
@@ -321,13 +327,23 @@ class Serving:
         call.record, loaded = kept
         return loaded
 
+    def _mark_begun(self, call: Call) -> None:
+        """Let those who share the call look for its lease from now on: where there is none, it is over."""
+        if call.shared_id is not None:
+            with suppress(CacheClosedError, RemoteStoreError):
+                self.manager.mark(started_name(call.shared_id), COALESCE, is_new=False)
+
     def _is_to_be_retried(self, error: Exception) -> bool:
-        """Return whether ``autoretry_for`` has a message tried again after *error*, as many attempts as there were."""
+        """Return whether ``autoretry_for`` has a message tried again after *error*, as many attempts as there were.
+
+        By the rules of Celery's ``add_autoretry_behaviour``, which wraps a task's ``run`` and keeps them to itself.
+        """
         task: Any = self.task
-        kinds, spared = (tuple(getattr(task, name, ())) for name in ("autoretry_for", "dont_autoretry_for"))
-        if not isinstance(error, kinds) or isinstance(error, spared):
+        given = type(task)._mlcache_retries  # noqa: SLF001 - our own class
+        kinds, spared, more = (given.get(name, getattr(task, name, ())) for name in RETRIES)
+        if not isinstance(error, tuple(kinds)) or isinstance(error, tuple(spared)):
             return False
-        most = (getattr(task, "retry_kwargs", None) or {}).get("max_retries")
+        most = getattr(task, "override_max_retries", dict(more).get("max_retries"))
         most = task.max_retries if most is None else most
         return most is None or (task.request.retries or 0) < most
 
@@ -366,6 +382,11 @@ class Serving:
     @property
     def _config(self) -> Any:
         return fleet_of(self.task.app).config
+
+    @property
+    def _is_on(self) -> bool:
+        config = self._config
+        return bool(config.cache_enabled and (config.l1_enabled or config.l2_enabled))
 
     def _life(self, result: Any) -> float:
         """Return the seconds that a result is to live; 0 or less: not at all."""
@@ -430,9 +451,9 @@ def _ask(option: str, function: Callable[..., T], *args: Any) -> T:
     try:
         return function(*args)
     except Exception as exc:
-        note = f"in the task's option {option}"
-        if note not in getattr(exc, "__notes__", ()):  # it may raise one and the same each time
-            with suppress(Exception):  # a frozen one takes none
+        note = f"{IN_OPTION}{option}"
+        with suppress(Exception):  # a frozen one takes none, and what another has for notes is its own affair
+            if note not in getattr(exc, "__notes__", ()):  # it may raise one and the same each time
                 exc.add_note(note)
         raise
 

@@ -19,7 +19,7 @@ from celery import Celery, Task
 from celery_mlcache.calls import CallShape
 from celery_mlcache.fleet import modes, producer
 from celery_mlcache.fleet.app import fleet_of
-from celery_mlcache.fleet.options import OPTION_NAMES, Options
+from celery_mlcache.fleet.options import OPTION_NAMES, RETRIES, Options
 from celery_mlcache.fleet.results import TaskCache
 
 _NO_RESULT: Final = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
@@ -55,6 +55,8 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
                 msg = f"{cls.__name__}: options of the cache go into one: write mlcache={{{shown}}}, or @cached_task"
                 raise TypeError(msg)
         cls._mlcache_declared = cls.__dict__.get("mlcache")  # Celery's annotations will replace the attribute
+        own = cls.__dict__ if cls.__dict__.get("_decorated") else {}
+        cls._mlcache_retries = {name: own[name] for name in RETRIES if name in own}  # annotations do not change these
         run: Any = inspect.getattr_static(cls, "run")
         if run is Task.__dict__["run"] or hasattr(run, _WRAPPED):
             return
@@ -79,6 +81,7 @@ class CachedTask(Task):  # type: ignore[type-arg]  # generic in the stubs only
         cls._mlcache_shape = CallShape(original, skips_self=not is_static)
 
     _mlcache_declared: ClassVar[Any] = None
+    _mlcache_retries: ClassVar[Mapping[str, Any]] = {}
     _mlcache_original: ClassVar[Callable[..., Any]]
     _mlcache_takes_self: ClassVar[bool]
     _mlcache_shape: ClassVar[CallShape]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from celery_mlcache.errors import CacheClosedError
 from celery_mlcache.fleet import signals
@@ -14,6 +14,8 @@ from celery_mlcache.manager import CacheManager
 
 if TYPE_CHECKING:
     from celery_mlcache.fleet.task import CachedTask
+
+IN_OPTION: Final = "in the cached task's option "  # a note on what an option has raised
 
 log = logging.getLogger("celery_mlcache")
 
@@ -64,8 +66,10 @@ class Telling:
     def note_hook(self, key: str, why: Exception) -> None:
         """Tell that an option that is a function has raised."""
         self.count("hook_failures")
-        noted = ", ".join(getattr(why, "__notes__", ())).removeprefix("in the task's ")
-        self.warn_once(f"an option of a cached task has raised ({noted or 'option'})", why)
+        notes = getattr(why, "__notes__", None)  # the user's too, whatever they are
+        ours = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+        option = next((note.removeprefix(IN_OPTION) for note in ours if note.startswith(IN_OPTION)), "?")
+        self.warn_once(f"an option of a cached task has raised ({option})", why)
         self.send(signals.cache_error, key, what="hook", error=why)
 
     def warn_once(self, what: str, why: Exception) -> None:

@@ -413,6 +413,37 @@ class TestNegativeAndRetries:
         with pytest.raises(NotFoundError):
             one.cache.get()
 
+    @pytest.mark.parametrize("how", ["retry", "attribute"])
+    def test_a_limit_that_the_body_sets(self, fleet, how):
+        """Celery's ``autoretry_for`` heeds it, so it decides which attempt is the last."""
+        runs = []
+        options = {**self.OPTIONS, "max_retries": 3}
+
+        @cached_task(app=fleet.app(), bind=True, name=fleet.task_name, **options)
+        def task(self):
+            runs.append(None)
+            if how == "retry":
+                raise self.retry(exc=NotFoundError("a"), max_retries=0)
+            self.override_max_retries = 0
+            raise NotFoundError("a")
+
+        assert [execute(task)[0] for _ in range(3)] == ["FAILURE"] * 3
+        assert len(runs) == 1
+
+    def test_annotations_do_not_change_what_the_decorator_says(self, fleet):
+        """As for Celery, which takes the decorator's first."""
+        app = fleet.app()
+        app.conf.task_annotations = {fleet.task_name: {"autoretry_for": (NotFoundError,)}}
+        runs = []
+
+        @cached_task(app=app, name=fleet.task_name, **{**self.OPTIONS, "autoretry_for": (OSError,)})
+        def task():
+            runs.append(None)
+            raise NotFoundError("a")
+
+        assert [execute(task)[0] for _ in range(2)] == ["FAILURE"] * 2
+        assert len(runs) == 1
+
     def test_without_a_limit(self, fleet):
         """What is tried for ever has no outcome."""
         one, _ = self.missing(fleet, max_retries=None)

@@ -246,6 +246,52 @@ class TestForms:
 
             assert app.register_task(Times()).cache.options == Options(**expected)
 
+    def test_a_base_that_is_a_task_itself(self, app):
+        """What annotations say of it is not for the tasks that are built on it; what it declares is."""
+        app.conf.task_annotations = {"base": {"mlcache": {"producer": True, "ttl": 99}}}
+
+        class Base(CachedTask):
+            name = "base"
+            mlcache: ClassVar = {"ttl": 5, "tags": ["t"]}
+
+            def run(self):
+                return 1
+
+        class Above(Base):
+            name = "above"
+            mlcache: ClassVar = {"jitter": 0.5}
+
+        base, above = app.register_task(Base()), app.register_task(Above())
+        assert above.cache.options == Options(ttl=5, tags=["t"], jitter=0.5)
+        assert base.cache.options == Options(ttl=99, tags=["t"], producer=True)
+
+    def test_options_that_go_together_from_several_places(self, app):
+        """Whether they do is asked of all of them, and not of each place."""
+
+        class Base(CachedTask):
+            abstract = True
+            mlcache: ClassVar = {"on_contention": "stale"}
+
+        task = cached_task(app=app, base=Base, stale_ttl=30)(lambda_free)
+        assert task.cache.options == Options(on_contention="stale", stale_ttl=30)
+        with pytest.raises(ConfigurationError, match="lambda_free: on_contention='stale' needs a stale_ttl"):
+            cached_task(app=app, base=Base)(lambda_free)
+        app.conf.mlcache_tasks = {"late": {"on_contention": "stale"}}
+        late = cached_task(app=app, name="late")(lambda_free)
+        with pytest.raises(ConfigurationError, match="late: on_contention='stale' needs a stale_ttl"):
+            _ = late.cache
+
+    @pytest.mark.parametrize("given", [dict, Options], ids=["mapping", "Options"])
+    def test_a_default_can_be_given_back(self, app, given):
+        """An option that is given its default is given."""
+
+        class Base(CachedTask):
+            abstract = True
+            mlcache: ClassVar = {"producer": True, "cache_none": False, "ttl": 7, "early": 2}
+
+        own = given(producer=False, cache_none=True, ttl=None)
+        assert app.task(base=Base, mlcache=own)(lambda_free).cache.options == Options(early=2)
+
     def test_options_of_the_app_s_own_task_class(self, runs):
         """``Celery(task_cls=...)`` is a base class too."""
 

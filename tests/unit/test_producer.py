@@ -652,6 +652,23 @@ def test_a_worker_on_its_way_to_the_lease_is_not_taken_for_a_dead_one(joint, sen
     assert met == [first.id]
 
 
+def test_a_forgotten_call_that_was_answered_from_the_cache_is_not_joined(shared, sent):
+    """A worker that only had to look says so too: nobody waits for a result that is over and gone."""
+
+    @cached_task(app=shared, shared=False, coalesce=True, ttl=60, negative={OopsError: 60})
+    def look(x):
+        raise OopsError(x)
+
+    first = look.delay(1)
+    with pytest.raises(OopsError):
+        look(1)
+    execute(look, first, 1, **{modes.CALL: call_name(look)})
+    assert look.cache.manager.stats()["negative_hits"] == 1
+    first.forget()
+    assert look.delay(1).id != first.id
+    assert len(sent) == 2
+
+
 def test_a_worker_marks_what_it_has_begun_with(shared, sent):
     """Under the lease, and only where it computes."""
     marked = []

@@ -191,14 +191,28 @@ class TestHooks:
             each for each in caplog.records if each.message.startswith("an option of a cached task has raised")
         ]
         assert logged.task == task.name
-        assert logged.message.startswith(f"an option of a cached task has raised (option {next(iter(options))}): t.")
+        assert logged.message.startswith(f"an option of a cached task has raised ({next(iter(options))}): t.")
 
     def test_one_that_raises_the_same_each_time(self, app):
         """Nothing grows on it."""
         error = ZeroDivisionError()
         task = counting(app, cache_if=lambda n: boom_with(error)())
         assert [task(), task()] == [1, 2]
-        assert error.__notes__ == ["in the task's option cache_if"]
+        assert error.__notes__ == ["in the cached task's option cache_if"]
+
+    @pytest.mark.parametrize("notes", [[1], None, "text", ["for item %d"]], ids=repr)
+    def test_one_whose_error_has_notes_already(self, app, caplog, notes):
+        """Whatever they are: the result is returned, and it is logged once."""
+
+        def hook(number):
+            error = ZeroDivisionError()
+            error.__notes__ = [note % number if isinstance(note, str) else note for note in notes] if notes else notes
+            raise error
+
+        task = counting(app, cache_if=hook)
+        assert [task() for _ in range(5)] == [1, 2, 3, 4, 5]
+        assert app.mlcache.stats()["hook_failures"] == 5
+        assert len([record for record in caplog.records if "has raised" in record.getMessage()]) == 1
 
     def test_one_that_raises_what_takes_no_note(self, app):
         """It is told all the same, and ``set`` raises it as it is."""
@@ -378,6 +392,33 @@ class TestWhatIsCached:
         for task, text in zip(tasks, texts, strict=True):
             pattern = why if "\\d" in why else re.escape(why)
             assert re.match(rf"an outcome cannot be cached: {re.escape(task.name)}: {pattern}", text), text
+
+    def test_what_a_task_tells_leaves_the_rest_its_own_line(self, app, caplog):
+        """A value of another's loader is logged too, after a task's."""
+        counting(app, lambda n: object())()
+        for _ in range(2):
+            app.mlcache.get_or_set("k", object)
+        texts = [record.getMessage() for record in caplog.records if "cannot be cached" in record.getMessage()]
+        assert [text.partition(":")[0] for text in texts] == [
+            "an outcome cannot be cached",
+            "a loaded value cannot be cached",
+        ]
+        assert texts[1] == "a loaded value cannot be cached: k: value: object cannot be stored without altering it"
+
+    def test_an_exception_is_told_once_and_not_where_nothing_is_kept(self, app, told):
+        """Of the last attempt, and of no cache that is switched off."""
+        error = UnicodeDecodeError("utf-8", b"x", 0, 1, "y")
+        more = {"negative": {Exception: 30}, "autoretry_for": (ValueError,), "max_retries": 2, "default_retry_delay": 0}
+        app.conf.task_eager_propagates = False
+        assert counting(app, boom_with(error), **more).apply().state == "FAILURE"
+        assert [what["what"] for name, _, what in told if name == "cache_error"] == ["value"]
+        del told[:]
+        with Celery(f"s{uuid.uuid4().hex[:8]}", set_as_current=False) as off:
+            setup_cache(off, cache_enabled=False)
+            with pytest.raises(UnicodeDecodeError):
+                counting(off, boom_with(error), negative={Exception: 30})()
+            off.mlcache.close()
+        assert [name for name, _, _ in told] == ["cache_miss"]
 
     def test_set_says_it_too(self, app):
         """What is given to ``set`` is checked as a result is, and named as the caller knows it."""
@@ -619,6 +660,8 @@ class TestModes:
             with pytest.raises(FrozenError) as info, block, block:
                 call()
             assert info.value is error
+        with pytest.raises(FrozenError):
+            block(task)()  # as a decorator
         assert modes.ambient_mode(task) is None
 
     def test_using(self, app):
