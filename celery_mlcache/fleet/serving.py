@@ -291,9 +291,7 @@ class Serving:
     def _load(self, call: Call) -> Loaded:
         """Run the function; what it raises passes, or is what is stored."""
         options = self.options
-        self._mark_begun(
-            call
-        )  # not before the lease is held: who sees the mark and no lease takes this worker for dead
+        self._mark_begun(call)  # now that the lease is held
         call.has_begun, began = True, time.monotonic()
         try:
             call.result = modes.run_apart(self.task, call.run)
@@ -328,7 +326,7 @@ class Serving:
         return loaded
 
     def _mark_begun(self, call: Call) -> None:
-        """Let those who share the call look for its lease from now on: where there is none, it is over."""
+        """Let those who share the call look for its lease from now on: where there is none, it is over, or dead."""
         if call.shared_id is not None:
             with suppress(CacheClosedError, RemoteStoreError):
                 self.manager.mark(started_name(call.shared_id), COALESCE, is_new=False)
@@ -343,7 +341,7 @@ class Serving:
         kinds, spared, more = (given.get(name, getattr(task, name, ())) for name in RETRIES)
         if not isinstance(error, tuple(kinds)) or isinstance(error, tuple(spared)):
             return False
-        most = getattr(task, "override_max_retries", dict(more).get("max_retries"))
+        most = getattr(task, "override_max_retries", dict(more or ()).get("max_retries"))
         most = task.max_retries if most is None else most
         return most is None or (task.request.retries or 0) < most
 

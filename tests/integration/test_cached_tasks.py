@@ -399,6 +399,8 @@ class TestNegativeAndRetries:
             ({"max_retries": 0}, 0),
             ({"max_retries": 9, "retry_kwargs": {"max_retries": 1}}, 1),
             ({"max_retries": 1, "retry_kwargs": {"max_retries": None}}, 1),
+            ({"max_retries": 1, "retry_kwargs": {}}, 1),
+            ({"max_retries": 0, "autoretry_for": [NotFoundError], "dont_autoretry_for": [OSError]}, 0),
             ({"dont_autoretry_for": (NotFoundError,)}, 0),
             ({"autoretry_for": (OSError,)}, 0),
         ],
