@@ -118,21 +118,18 @@ class Options:
         if problems:
             raise ConfigurationError(problems)
 
-    @classmethod
-    def of(cls, given: Any, task_name: str) -> Options:
-        """Return checked options; raises ConfigurationError for a wrong one, and names the task."""
-        options = given if isinstance(given, Options) else cls().changed(given, task_name)
-        return options.whole(task_name)
-
     def whole(self, task_name: str) -> Options:
-        """Return these options, which are now from all places; raises as :meth:`of` where they do not go together."""
+        """Return these options, now of all places; raises ConfigurationError where they do not go together."""
         if self.on_contention == "stale" and not self.stale_ttl:
             why = "on_contention='stale' needs a stale_ttl, or there is never anything stale"
             raise ConfigurationError([f"{task_name}: {why}"])
         return self
 
     def changed(self, given: Any, task_name: str) -> Options:
-        """Return these options with those that *given* states in their place; raises as :meth:`of`."""
+        """Return these options with those that *given* states in their place.
+
+        Raises ConfigurationError for a wrong one, and names the task.
+        """
         if given is None:
             return self
         if isinstance(given, Options):
@@ -157,7 +154,7 @@ class Options:
         raise ConfigurationError(problems)
 
     def inherited(self, classes: Sequence[type], task_name: str) -> Options:
-        """Return these options under those that *classes* state, nearest first; raises as :meth:`of`."""
+        """Return these options under those that *classes* state, nearest first; raises as :meth:`changed`."""
         options = self
         for each in reversed(classes):
             own = each.__dict__

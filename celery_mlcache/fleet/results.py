@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -183,12 +182,10 @@ class TaskCache:
         seen = self.manager.inspect(key)
         record = unpack(seen.value)
         holder = self.manager.holder(key) or None
-        why, parts = _why(seen, record, is_hit=False), self.serving.keys.parts(bound)
+        why, parts = _why(seen, record, is_hit=False, holder=holder), self.serving.keys.parts(bound)
         found = Explanation(name, key, why, parts, tags=tags, holder=holder)
         if record is None:
-            return (
-                found if holder is None else replace(found, why=f"nothing is stored yet: {holder} computes it just now")
-            )
+            return found
         error = unpack_error(record.value, self.options.negative) if record.is_error else None
         is_known = error is not None or not record.is_error
         is_hit = is_known and (seen.level != "stale" or self.serving.takes_stale("use"))
@@ -268,10 +265,10 @@ def settle(task: CachedTask) -> Options:
     if not isinstance(conf, Mapping):
         raise ConfigurationError([f"{TASKS} must be a mapping of task names to options, not {conf!r:.80}"])
     options = Options().changed(conf.get("*"), f"{TASKS}['*']")
-    options = options.inherited(kind.__mro__[1:], name)
-    declared, given = kind._mlcache_declared, kind.__dict__.get("mlcache")  # noqa: SLF001 - our own class
-    options = options.changed(declared, name).changed(conf.get(name), f"{TASKS}[{name!r}]")
-    return (options if given is declared else options.changed(given, name)).whole(name)
+    options = options.inherited(kind.__mro__, name).changed(conf.get(name), f"{TASKS}[{name!r}]")
+    given = kind.__dict__.get("mlcache")
+    is_annotated = given is not kind._mlcache_declared  # noqa: SLF001 - our own class
+    return (options.changed(given, name) if is_annotated else options).whole(name)
 
 
 def _call(given: Any, task_name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -288,7 +285,9 @@ def _call(given: Any, task_name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise TypeError(msg)
 
 
-def _why(seen: Inspection, record: Record | None, *, is_hit: bool) -> str:
+def _why(seen: Inspection, record: Record | None, *, is_hit: bool, holder: str | None = None) -> str:
+    if record is None and holder is not None:
+        return f"nothing is stored yet: {holder} computes it just now"
     if record is None:
         return seen.why or "what is stored under the key is not a result of this release"
     if seen.level == "stale" and not is_hit:

@@ -152,11 +152,9 @@ class Serving:
                 raise call.record.of_outcome(exc) from None
             if exc is call.failure and not isinstance(exc, INTERRUPTS) and not is_interrupt(exc):
                 self.told.send(signals.cache_miss, call.key, seconds=call.took, is_cached=False)
-            if not call.has_begun:
-                self._mark_begun(call)
-            raise
-        if not call.has_begun:
             self._mark_begun(call)
+            raise
+        self._mark_begun(call)
         return answer
 
     def _answer(self, call: Call, request: Any, mode: str, *, is_message: bool) -> Any:
@@ -327,7 +325,7 @@ class Serving:
 
     def _mark_begun(self, call: Call) -> None:
         """Let those who share the call look for its lease from now on: where there is none, it is over, or dead."""
-        if call.shared_id is not None:
+        if call.shared_id is not None and not call.has_begun:
             with suppress(CacheClosedError, RemoteStoreError):
                 self.manager.mark(started_name(call.shared_id), COALESCE, is_new=False)
 

@@ -37,7 +37,7 @@ def app():
 
 def of(**options):
     """Return the options of a task that gives these."""
-    return Options.of(options, "shop.price")
+    return Options().changed(options, "shop.price").whole("shop.price")
 
 
 GOOD = [
@@ -171,7 +171,7 @@ class TestValues:
     def test_no_mapping(self, given):
         """Options that are no mapping are refused."""
         with pytest.raises(ConfigurationError, match=r"shop\.price: mlcache must be a mapping of options, not"):
-            Options.of(given, "shop.price")
+            Options().changed(given, "shop.price")
 
 
 class TestJudgements:

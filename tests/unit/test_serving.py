@@ -37,6 +37,11 @@ class GoneError(NotFoundError):
     pass
 
 
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
 class Size(str, enum.Enum):  # noqa: UP042 - its text is not its value, unlike a StrEnum's
     LARGE = "l"
 
@@ -216,11 +221,6 @@ class TestHooks:
 
     def test_one_that_raises_what_takes_no_note(self, app):
         """It is told all the same, and ``set`` raises it as it is."""
-
-        @dataclass(frozen=True)
-        class FrozenError(Exception):
-            code: int
-
         task = counting(app, cache_if=lambda n: boom_with(FrozenError(7))())
         assert task() == 1
         assert app.mlcache.stats()["hook_failures"] == 1
@@ -648,11 +648,6 @@ class TestModes:
 
     def test_using_leaves_errors_as_they_are(self, app):
         """A frozen one too, and the mode ends with the block."""
-
-        @dataclass(frozen=True)
-        class FrozenError(Exception):
-            code: int
-
         error = FrozenError(7)
         task = counting(app, boom_with(error))
         block = task.cache.using("refresh")

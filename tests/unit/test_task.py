@@ -615,7 +615,7 @@ class TestDecorator:
                 return 1
 
         with pytest.raises(ConfigurationError, match="ttl must be"):
-            Options.of({"ttl": ttl}, "anything")
+            Options().changed({"ttl": ttl}, "anything")
 
     @pytest.mark.parametrize(
         ("tags", "complaint"),
